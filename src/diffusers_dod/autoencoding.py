@@ -1,0 +1,87 @@
+"""Images to latents and back, through any of diffusers' image autoencoders, in the scale a diffusion model works in."""
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+
+def _normalizes_itself(vae: ModelMixin) -> bool:
+    # AutoencoderRAE takes images in [0, 1] and applies its latent statistics and scaling within encode and decode.
+    return "encoder_norm_mean" in vae.config
+
+
+def vae_spatial_factor(vae: ModelMixin | None) -> int:
+    """Pixels along one side of a latent; 1 without an autoencoder."""
+    if vae is None:
+        return 1
+    if _normalizes_itself(vae):
+        return vae.config.patch_size
+    blocks = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    return 2 ** (len(blocks) - 1)
+
+
+def vae_latent_channels(vae: ModelMixin) -> int:
+    """Channels of the autoencoder's latents."""
+    return vae.config.encoder_hidden_size if _normalizes_itself(vae) else vae.config.latent_channels
+
+
+def _scale_shift(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """The pair (scale, shift) of `normalized = (latents - shift) * scale`."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return scale / std, mean
+    return scale, config.get("shift_factor") or 0.0
+
+
+def encode_images(
+    vae: ModelMixin | None,
+    images: torch.Tensor,
+    generator: torch.Generator | None = None,
+    sample_posterior: bool = False,
+) -> torch.Tensor:
+    """Encodes images to normalized latents.
+
+    Args:
+        vae (`ModelMixin`, *optional*):
+            `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `AutoencoderRAE` or one that shares their interface;
+            `None` is pixel space, where the images are the latents.
+        images (`torch.Tensor`): `(batch, 3, height, width)` in [-1, 1].
+        generator (`torch.Generator`, *optional*): for the posterior's sample.
+        sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
+
+    Returns:
+        `torch.Tensor`: `(batch, channels, height/factor, width/factor)`.
+    """
+    if vae is None:
+        return images
+    images = images.to(vae.dtype)
+    if _normalizes_itself(vae):
+        return vae.encode(images / 2 + 0.5, return_dict=False)[0]
+    encoded = vae.encode(images, return_dict=False)[0]
+    if not torch.is_tensor(encoded):  # AutoencoderKL returns a posterior
+        encoded = encoded.sample(generator) if sample_posterior else encoded.mode()
+    scale, shift = _scale_shift(vae, encoded)
+    return (encoded - shift) * scale
+
+
+def decode_latents(vae: ModelMixin | None, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes normalized latents, the inverse of [`encode_images`].
+
+    Args:
+        vae (`ModelMixin`, *optional*): as for [`encode_images`].
+        latents (`torch.Tensor`): `(batch, channels, height, width)`.
+
+    Returns:
+        `torch.Tensor`: images, `(batch, 3, height*factor, width*factor)`, about [-1, 1].
+    """
+    if vae is None:
+        return latents
+    latents = latents.to(vae.dtype)
+    if _normalizes_itself(vae):
+        return vae.decode(latents, return_dict=False)[0] * 2 - 1
+    scale, shift = _scale_shift(vae, latents)
+    return vae.decode(latents / scale + shift, return_dict=False)[0]

@@ -1,0 +1,154 @@
+"""The Latent Embedding Module of DoD: compresses a latent to a few numbers and decodes them to prior tokens."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from .layers import DoDViTBlock, initialize_linear_xavier, patchify, rotary_embedding_2d
+
+
+@dataclass
+class DoDLatentEmbedderOutput(BaseOutput):
+    """
+    Args:
+        prior_tokens (`torch.Tensor`):
+            What the transformer sees, `(batch, height/output_patch * width/output_patch, output_dim)`.
+        codes (`torch.Tensor`):
+            The bottleneck, all that the prior knows: `(batch, height/patch * width/patch, bottleneck_dim)`.
+    """
+
+    prior_tokens: torch.Tensor
+    codes: torch.Tensor
+
+
+class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    r"""Latent Embedding Module (Yue et al. 2024, arXiv 2410.08531): ViT encoder, channel bottleneck, ViT decoder.
+
+    The bottleneck discards detail and keeps semantics; without it the denoiser would learn to copy the condition. It is
+    trained jointly with the transformer by the diffusion loss alone. The last projection starts at zero, so a fresh
+    embedder leaves the transformer as it is.
+
+    Parameters:
+        sample_size (`int` or pair of `int`, defaults to 32):
+            Size of the latents it is made for; any size that the patches divide can be passed to `forward`.
+        patch_size (`int`, defaults to 2):
+            Side of the embedder's own patch, and so the bottleneck's grid. One larger than `output_patch_size` makes the
+            bottleneck coarser than the transformer's grid; the codes are then resized bilinearly.
+        in_channels (`int`, defaults to 4): Channels of the latents.
+        num_encoder_layers (`int`, defaults to 4), num_decoder_layers (`int`, defaults to 4): Blocks on either side.
+        num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 24):
+            Heads and their channels (a multiple of 4); the product is the embedder's width.
+        bottleneck_dim (`int`, defaults to 4): Channels of a code.
+        output_dim (`int`, defaults to 1152): The transformer's width.
+        output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DoDViTBlock"]
+    _repeated_blocks = ["DoDViTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "to_codes", "from_codes"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_encoder_layers: int = 4,
+        num_decoder_layers: int = 4,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 24,
+        bottleneck_dim: int = 4,
+        output_dim: int = 1152,
+        output_patch_size: int | None = None,
+        mlp_ratio: float = 4.0,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__()
+        if attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
+            )
+        dim = num_attention_heads * attention_head_dim
+        self.output_patch_size = patch_size if output_patch_size is None else output_patch_size
+
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, dim)
+        self.encoder_blocks = nn.ModuleList(
+            DoDViTBlock(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_encoder_layers)
+        )
+        self.norm_codes = nn.LayerNorm(dim, eps=1e-6)
+        self.to_codes = nn.Linear(dim, bottleneck_dim)
+
+        self.from_codes = nn.Linear(bottleneck_dim, dim)
+        self.decoder_blocks = nn.ModuleList(
+            DoDViTBlock(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_decoder_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6)
+        self.proj_out = nn.Linear(dim, output_dim)
+
+        self.gradient_checkpointing = False
+        self.apply(initialize_linear_xavier)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, latents: torch.Tensor, return_dict: bool = True) -> DoDLatentEmbedderOutput | tuple:
+        """
+        Args:
+            latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
+            return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
+
+        Returns:
+            [`DoDLatentEmbedderOutput`] or `tuple`: prior tokens and codes.
+
+        Raises:
+            ValueError: if `patch_size` or `output_patch_size` does not divide the latents.
+        """
+        batch, _, height, width = latents.shape
+        patch_size, output_patch_size = self.config.patch_size, self.output_patch_size
+        if height % output_patch_size or width % output_patch_size:
+            raise ValueError(
+                f"Latents of {height}x{width} do not fit the transformer's patch of {output_patch_size}: choose a height "
+                f"and a width that are multiples of {output_patch_size}."
+            )
+        grid = (height // patch_size, width // patch_size)
+        output_grid = (height // output_patch_size, width // output_patch_size)
+        head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
+
+        # 1. Encoder, on the embedder's own grid
+        hidden_states = self.patch_embed(patchify(latents, patch_size))
+        rotary_emb = rotary_embedding_2d(*grid, head_dim, theta, latents.device)
+        for block in self.encoder_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
+            else:
+                hidden_states = block(hidden_states, rotary_emb)
+
+        # 2. Bottleneck, brought to the transformer's grid
+        codes = self.to_codes(self.norm_codes(hidden_states))
+        output_codes = codes
+        if output_grid != grid:
+            output_codes = codes.transpose(1, 2).unflatten(2, grid)
+            output_codes = F.interpolate(output_codes, size=output_grid, mode="bilinear", align_corners=False)
+            output_codes = output_codes.flatten(2).transpose(1, 2)
+            rotary_emb = rotary_embedding_2d(*output_grid, head_dim, theta, latents.device)
+
+        # 3. Decoder, to tokens of the transformer's width
+        hidden_states = self.from_codes(output_codes)
+        for block in self.decoder_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
+            else:
+                hidden_states = block(hidden_states, rotary_emb)
+        prior_tokens = self.proj_out(self.norm_out(hidden_states))
+
+        if not return_dict:
+            return (prior_tokens, codes)
+        return DoDLatentEmbedderOutput(prior_tokens=prior_tokens, codes=codes)

@@ -1,0 +1,202 @@
+"""Layers that the DoD transformer and the DoD latent embedder share.
+
+The backbone's details follow FiTv2 (Wang et al. 2024, arXiv 2410.13925, github.com/whlzy/FiT): 2D rotary positions,
+LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-rank part.
+"""
+
+import torch
+import torch.nn as nn
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+
+
+NORM_EPS = 1e-6
+
+
+def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cuts latents into non-overlapping patches, one row a patch.
+
+    Args:
+        latents (`torch.Tensor`): shape `(batch, channels, height, width)`.
+        patch_size (`int`): side of a patch.
+
+    Returns:
+        `torch.Tensor`: shape `(batch, height/patch * width/patch, channels * patch**2)`, patches in row-major order and
+        channels slowest within a patch (the layout of a convolution's weight).
+
+    Raises:
+        ValueError: if `patch_size` does not divide the height or the width.
+    """
+    batch, channels, height, width = latents.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"Latents of {height}x{width} cannot be cut into patches of {patch_size}: choose a height and a width that "
+            f"are multiples of {patch_size}."
+        )
+    latents = latents.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return latents.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:
+    """The inverse of [`patchify`].
+
+    Args:
+        tokens (`torch.Tensor`): shape `(batch, height/patch * width/patch, channels * patch**2)`.
+        height (`int`), width (`int`): size of the latents to return.
+        patch_size (`int`): side of a patch.
+
+    Returns:
+        `torch.Tensor`: shape `(batch, channels, height, width)`.
+    """
+    rows, columns = height // patch_size, width // patch_size
+    tokens = tokens.reshape(tokens.shape[0], rows, columns, -1, patch_size, patch_size)
+    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def rotary_embedding_2d(
+    rows: int, columns: int, attention_head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables of a grid: the first half of a head's channels turns with the row, the second with the column.
+
+    Args:
+        rows (`int`), columns (`int`): the grid of tokens.
+        attention_head_dim (`int`): channels of a head, a multiple of 4.
+        theta (`float`): base of the frequencies.
+        device (`torch.device`): where the tables are made.
+
+    Returns:
+        cosine and sine, each `(rows * columns, attention_head_dim)` in float32, channels in interleaved pairs as
+        `diffusers.models.embeddings.apply_rotary_emb` takes them.
+    """
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    row_cos, row_sin = get_1d_rotary_pos_embed(attention_head_dim // 2, row, theta, use_real=True)
+    column_cos, column_sin = get_1d_rotary_pos_embed(attention_head_dim // 2, column, theta, use_real=True)
+    return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+
+
+def initialize_linear_xavier(module: nn.Module) -> None:
+    """Gives a linear layer Xavier-uniform weights and a zero bias; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def swiglu_feed_forward(dim: int, mlp_ratio: float) -> FeedForward:
+    """diffusers' SwiGLU feed-forward, its width cut by 2/3 so that it has the parameters of a plain one."""
+    return FeedForward(dim, inner_dim=int(dim * mlp_ratio) * 2 // 3, activation_fn="swiglu")
+
+
+class DoDAttnProcessor:
+    """Self-attention with 2D rotary positions, through diffusers' attention dispatcher."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "DoDAttention", hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        query = query.unflatten(-1, (attn.heads, -1))
+        key = key.unflatten(-1, (attn.heads, -1))
+        value = value.unflatten(-1, (attn.heads, -1))
+
+        query = apply_rotary_emb(attn.norm_q(query), rotary_emb, sequence_dim=1).to(value.dtype)
+        key = apply_rotary_emb(attn.norm_k(key), rotary_emb, sequence_dim=1).to(value.dtype)
+
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class DoDAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention over `(batch, tokens, heads * dim_head)` with normalised queries and keys."""
+
+    _default_processor_cls = DoDAttnProcessor
+    _available_processors = [DoDAttnProcessor]
+    is_cross_attention = False
+    use_bias = True
+
+    def __init__(self, heads: int, dim_head: int):
+        super().__init__()
+        self.heads = heads
+        dim = heads * dim_head
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
+        self.norm_k = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.set_processor(DoDAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary_emb)
+
+
+class DoDTransformerBlock(nn.Module):
+    """A block of the backbone, modulated by adaLN-zero (Peebles & Xie 2022, arXiv 2212.09748).
+
+    The six modulation vectors are FiTv2's sum of a projection that all blocks share (`modulation`) and this block's own
+    low-rank one, which starts at zero.
+
+    Args:
+        num_attention_heads (`int`), attention_head_dim (`int`): their product is the width.
+        mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
+        adaln_rank (`int`): rank of the block's own projection.
+    """
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, adaln_rank: int):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.adaln_down = nn.Linear(dim, adaln_rank)
+        self.adaln_up = nn.Linear(adaln_rank, 6 * dim)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = DoDAttention(num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.ff = swiglu_feed_forward(dim, mlp_ratio)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        modulation: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): tokens, `(batch, tokens, width)`.
+            conditioning (`torch.Tensor`): SiLU of timestep plus class embedding, `(batch, width)`.
+            modulation (`torch.Tensor`): the shared modulation, `(batch, 6 * width)`.
+            rotary_emb (`tuple` of `torch.Tensor`): tables of [`rotary_embedding_2d`].
+        """
+        modulation = modulation + self.adaln_up(self.adaln_down(conditioning))
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unsqueeze(1).chunk(6, dim=-1)
+
+        attention_output = self.attn(self.norm1(hidden_states) * (1 + scale_attn) + shift_attn, rotary_emb)
+        hidden_states = hidden_states + gate_attn * attention_output
+        feed_forward_output = self.ff(self.norm2(hidden_states) * (1 + scale_ff) + shift_ff)
+        return hidden_states + gate_ff * feed_forward_output
+
+
+class DoDViTBlock(nn.Module):
+    """A pre-norm ViT block of the latent embedder: the backbone's attention and feed-forward, without modulation."""
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = DoDAttention(num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.ff = swiglu_feed_forward(dim, mlp_ratio)
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary_emb)
+        return hidden_states + self.ff(self.norm2(hidden_states))

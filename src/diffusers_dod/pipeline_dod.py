@@ -1,0 +1,596 @@
+"""The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .autoencoding import decode_latents, encode_images, vae_latent_channels, vae_spatial_factor
+from .latent_embedder_dod import DoDLatentEmbedder
+from .transformer_dod import DoDTransformer2DModel
+
+
+PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
+
+
+@dataclass
+class DoDPipelineOutput(BaseOutput):
+    """
+    Args:
+        images (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the last stage's samples.
+        stages (`list`, *optional*): every stage's samples, the first that ran first; `None` unless asked for.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    stages: list[list[PIL.Image.Image] | np.ndarray | torch.Tensor] | None = None
+
+
+class DoDPipeline(DiffusionPipeline):
+    r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
+
+    Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
+    embedder reads off the stage before; the embedder runs once a stage.
+
+    Parameters:
+        transformer ([`DoDTransformer2DModel`]): denoiser of all stages.
+        latent_embedder ([`DoDLatentEmbedder`]): makes prior tokens of latents.
+        scheduler ([`SchedulerMixin`]): any of diffusers' schedulers that reads the transformer's prediction type.
+        vae ([`ModelMixin`], *optional*): image autoencoder; `None` is pixel space.
+        id2label (`dict` of `str` or `int` to `str`, *optional*):
+            Class id to name, saved in the pipeline's config. A name may hold synonyms separated by commas.
+    """
+
+    model_cpu_offload_seq = "latent_embedder->transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "prior_tokens"]
+
+    def __init__(
+        self,
+        transformer: DoDTransformer2DModel,
+        latent_embedder: DoDLatentEmbedder,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, latent_embedder=latent_embedder, scheduler=scheduler, vae=vae)
+        # JSON turns integer keys into strings, so they are strings from the start.
+        id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label or None)
+
+        self.labels: dict[str, list[int]] = {}
+        for class_id, name in id2label.items():
+            for synonym in dict.fromkeys([name.strip(), *(part.strip() for part in name.split(","))]):
+                self.labels.setdefault(synonym, []).append(int(class_id))
+
+        if transformer is None or latent_embedder is None:
+            return
+        self._check_components(transformer.config, latent_embedder.config, vae)
+        channels = transformer.config.in_channels
+        self.spatial_factor = vae_spatial_factor(vae)
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.spatial_factor * transformer.config.patch_size,
+            vae_latent_channels=0 if vae is None else channels,
+            do_convert_rgb=vae is not None or channels == 3,
+            do_convert_grayscale=vae is None and channels == 1,
+        )
+
+    @staticmethod
+    def _check_components(transformer_config, embedder_config, vae: ModelMixin | None) -> None:
+        width = transformer_config.num_attention_heads * transformer_config.attention_head_dim
+        output_patch_size = embedder_config.output_patch_size or embedder_config.patch_size
+        for what, embedder_value, transformer_value in (
+            ("`output_dim`", embedder_config.output_dim, width),
+            ("`in_channels`", embedder_config.in_channels, transformer_config.in_channels),
+            ("`output_patch_size`", output_patch_size, transformer_config.patch_size),
+        ):
+            if embedder_value != transformer_value:
+                raise ValueError(
+                    f"The latent embedder's {what} is {embedder_value} but the transformer needs {transformer_value}: "
+                    "load the embedder that was trained with this transformer."
+                )
+        if vae is not None and vae_latent_channels(vae) != transformer_config.in_channels:
+            raise ValueError(
+                f"The VAE's latents have {vae_latent_channels(vae)} channels but the transformer takes "
+                f"{transformer_config.in_channels}: load the VAE that the transformer was trained on."
+            )
+
+    # Properties that a callback may read; it changes guidance by setting `_guidance_scale` and
+    # `_prior_guidance_scale`, and stops by setting `_interrupt`.
+    @property
+    def guidance_scale(self) -> float:
+        """Class guidance of the stage that runs."""
+        return self._guidance_scale
+
+    @property
+    def prior_guidance_scale(self) -> float | None:
+        """Prior guidance of the stage that runs."""
+        return self._prior_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1.0 or self._prior_guidance_scale not in (None, 1.0)
+
+    @property
+    def current_stage(self) -> int:
+        """The stage that runs, from 1."""
+        return self._current_stage
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps so far planned, over all stages that started."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of label names.
+
+        Args:
+            label (`str` or `list` of `str`): one name or several; a name of `id2label` or one of its synonyms.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest ones, and for a name that several classes share.
+        """
+        ids = []
+        for name in [label] if isinstance(label, str) else label:
+            matches = self.labels.get(name.strip(), [])
+            if not self.labels:
+                raise ValueError(f"This pipeline has no label names, so {name!r} is unknown: pass class ids instead.")
+            if not matches:
+                near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
+                raise ValueError(f"{name!r} is not a label. The nearest are {', '.join(map(repr, near))}.")
+            if len(matches) > 1:
+                raise ValueError(f"{name!r} names the classes {matches}: pass one of these ids instead.")
+            ids.append(matches[0])
+        return ids
+
+    def prepare_class_labels(self, class_labels: int | str | None | list | torch.Tensor) -> list[int]:
+        """Class ids of whatever names the classes; `None` becomes the null class.
+
+        Args:
+            class_labels: an id, a name, `None` (unconditional) or a list or tensor of them.
+
+        Raises:
+            ValueError: if the list is empty, an id is out of range or a name is unknown.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if not isinstance(class_labels, (list, tuple, range)):
+            class_labels = [class_labels]
+        if not class_labels:
+            raise ValueError("`class_labels` is empty: pass at least one class id or name.")
+
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in class_labels:
+            if label is None:
+                ids.append(num_classes)
+            elif isinstance(label, str):
+                ids += self.get_label_ids(label)
+            elif isinstance(label, (int, np.integer)) and 0 <= label < num_classes:
+                ids.append(int(label))
+            else:
+                raise ValueError(
+                    f"Class {label!r} is out of range: this model has {num_classes} classes, so pass an integer from 0 "
+                    f"to {num_classes - 1}, or None for an unconditional sample."
+                )
+        return ids
+
+    def check_inputs(
+        self,
+        batch_size,
+        num_stages,
+        num_inference_steps,
+        guidance_scale,
+        prior_guidance_scale,
+        guidance_drop,
+        guidance_interval,
+        num_images_per_prompt,
+        generator,
+        height,
+        width,
+        latents,
+        image,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ):
+        if num_stages < 1:
+            raise ValueError(f"`num_stages` is {num_stages}; at least one stage must run.")
+        if image is not None and num_stages < 2:
+            raise ValueError("`image` replaces stage 1, so `num_stages` must be at least 2.")
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("guidance_scale", guidance_scale),
+            ("prior_guidance_scale", prior_guidance_scale),
+            ("guidance_interval", guidance_interval),
+        ):
+            if isinstance(value, list) and len(value) != num_stages:
+                raise ValueError(
+                    f"`{name}` has {len(value)} entries for {num_stages} stages: pass one entry a stage, or one value."
+                )
+        for steps in self._per_stage(num_inference_steps, num_stages):
+            if not isinstance(steps, (int, np.integer)) or steps < 1:
+                raise ValueError(f"`num_inference_steps` is {steps!r}; every stage needs an integer of at least 1.")
+        for start, stop in self._per_stage(guidance_interval, num_stages):
+            if not 0 <= start <= stop <= 1:
+                raise ValueError(
+                    f"`guidance_interval` is {(start, stop)}; pass (start, stop) with 0 <= start <= stop <= 1."
+                )
+        if guidance_drop not in ("class", "prior", "both"):
+            raise ValueError(f"`guidance_drop` is {guidance_drop!r}; use 'class', 'prior' or 'both'.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators for {batch_size} images: pass one, or one for each of the images."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; use 'pil', 'np', 'pt' or 'latent'.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be passed."
+            )
+
+        multiple = self.spatial_factor * self.transformer.config.patch_size
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
+            )
+        shape = (batch_size, *self._latent_shape(height, width))
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` is {tuple(latents.shape)}; for these arguments it must be {shape}.")
+            if not torch.isfinite(latents).all():
+                raise ValueError("`latents` holds NaN or infinite values.")
+        self._check_prediction_type()
+
+    def _check_prediction_type(self) -> None:
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        # The flow-matching schedulers have no such entry; the others say "flow_prediction" and need flow sigmas.
+        scheduler_type = config.get("prediction_type", "flow").replace("flow_prediction", "flow")
+        flow_sigmas = config.get("use_flow_sigmas", "prediction_type" not in config)
+        if flow_sigmas != (scheduler_type == "flow"):
+            raise ValueError(
+                f"{name} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={config.prediction_type!r}`, which "
+                "contradict each other: make it with `use_flow_sigmas=True, prediction_type='flow_prediction'` for a "
+                "flow model and with neither for another."
+            )
+        model_type = self.transformer.config.prediction_type
+        if model_type not in (None, scheduler_type):
+            raise ValueError(
+                f"The transformer predicts {model_type!r} but {name} reads {scheduler_type!r}: use a scheduler made for "
+                f"{model_type!r}, such as "
+                + (
+                    "FlowMatchEulerDiscreteScheduler."
+                    if model_type == "flow"
+                    else f"DDIMScheduler(prediction_type={model_type!r})."
+                )
+            )
+
+    @staticmethod
+    def _per_stage(value: Any, num_stages: int) -> list:
+        return value if isinstance(value, list) else [value] * num_stages
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        channels = self.transformer.config.in_channels
+        return channels, height // self.spatial_factor, width // self.spatial_factor
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A stage's initial noise, `(batch, channels, height/factor, width/factor)`, at the scheduler's scale."""
+        if latents is None:
+            shape = (batch_size, *self._latent_shape(height, width))
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            latents = latents.to(device=device, dtype=dtype)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def prepare_image_latents(
+        self, image: PriorImage, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Latents of a user's own picture, which stand for the sample of stage 1.
+
+        Args:
+            image: one picture for all samples or one for each: PIL, array or tensor in [0, 1], or latents. Without a
+                VAE a tensor with negative values is taken as latents.
+            batch_size (`int`), height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
+        """
+        channels, latent_height, latent_width = self._latent_shape(height, width)
+        is_latents = torch.is_tensor(image) and (
+            image.shape[-3] == channels if self.vae is not None else bool((image < 0).any())
+        )
+        if is_latents:
+            image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
+        else:
+            is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
+            pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop" if is_pil else "default")
+            image_latents = encode_images(self.vae, pixels.to(device=device, dtype=dtype)).to(dtype)
+        if not torch.isfinite(image_latents).all():
+            raise ValueError("`image` holds NaN or infinite values, or the VAE made them of it.")
+        if image_latents.shape[0] == 1:
+            image_latents = image_latents.expand(batch_size, -1, -1, -1)
+        elif batch_size % image_latents.shape[0] == 0:
+            image_latents = image_latents.repeat_interleave(batch_size // image_latents.shape[0], dim=0)
+        if tuple(image_latents.shape) != (batch_size, channels, latent_height, latent_width):
+            raise ValueError(
+                f"`image` gives latents of {tuple(image_latents.shape)}; for these arguments they must be "
+                f"{(batch_size, channels, latent_height, latent_width)}, with one picture or one for each label."
+            )
+        return image_latents
+
+    def prepare_guidance(
+        self, class_ids: torch.Tensor, prior_tokens: torch.Tensor | None, guidance_drop: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Labels and prior tokens of a guided step's whole batch: the samples, then the same with conditions dropped.
+
+        With separate scales the parts are (class, prior), (null, prior), (null, none); otherwise (class, prior) and
+        the part that `guidance_drop` asks for. Stage 1 has no prior, so there the parts are (class) and (null).
+        """
+        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
+        if prior_tokens is None:
+            return torch.cat([class_ids, null_ids]), None
+        no_prior = torch.zeros_like(prior_tokens)
+        if self._prior_guidance_scale is not None:
+            return torch.cat([class_ids, null_ids, null_ids]), torch.cat([prior_tokens, prior_tokens, no_prior])
+        dropped_ids = class_ids if guidance_drop == "prior" else null_ids
+        dropped_prior = prior_tokens if guidance_drop == "class" else no_prior
+        return torch.cat([class_ids, dropped_ids]), torch.cat([prior_tokens, dropped_prior])
+
+    def combine_guidance(self, predictions: list[torch.Tensor]) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) over the parts of [`prepare_guidance`].
+
+        Three parts take separate scales for class and prior, as InstructPix2Pix does for text and image (Brooks et al.
+        2022, arXiv 2211.09800).
+        """
+        if len(predictions) == 3:
+            full, prior_only, none = predictions
+            return none + self._prior_guidance_scale * (prior_only - none) + self._guidance_scale * (full - prior_only)
+        full, dropped = predictions
+        return dropped + self._guidance_scale * (full - dropped)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        class_ids: torch.Tensor,
+        prior_tokens: torch.Tensor | None,
+        num_inference_steps: int,
+        guidance_drop: str,
+        guidance_interval: tuple[float, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
+        """Runs one stage from its noise to its sample, with the guidance scales of the moment."""
+        # Every stage starts the scheduler, and any feature cache, anew: multistep ones remember earlier predictions.
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if self.transformer.is_cache_enabled:
+            self.transformer._reset_stateful_cache()
+        timesteps = self.scheduler.timesteps
+        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
+        start, stop = (fraction * len(timesteps) for fraction in guidance_interval)
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
+        channels = latents.shape[1]
+        keeps_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
+            "learned",
+            "learned_range",
+        )
+        # Where nothing is dropped there is nothing to guide with: stage 1 has no prior to lose.
+        can_guide = prior_tokens is not None or guidance_drop != "prior" or self._prior_guidance_scale is not None
+        guided_ids = None
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            progress_bar.set_description(f"Stage {self._current_stage}/{self._num_stages}")
+            for i, timestep in enumerate(timesteps):
+                self._current_timestep = timestep
+                ids, tokens = class_ids, prior_tokens
+                if can_guide and self.do_classifier_free_guidance and start <= i < stop:
+                    if guided_ids is None:
+                        guided_ids, guided_tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
+                    ids, tokens = guided_ids, guided_tokens
+                parts = len(ids) // len(class_ids)
+
+                model_input = torch.cat([latents] * parts)
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(model_input, timestep)
+                with self.transformer.cache_context(f"{parts}_parts"):
+                    output = self.transformer(
+                        model_input,
+                        timestep=timestep.expand(len(ids)),
+                        class_labels=ids,
+                        encoder_hidden_states=tokens,
+                        return_dict=False,
+                    )[0]
+
+                prediction, variance = output[:, :channels], output[: len(class_ids), channels:]
+                if parts > 1:
+                    prediction = self.combine_guidance(prediction.chunk(parts))
+                if keeps_variance:
+                    prediction = torch.cat([prediction, variance], dim=1)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
+                    latents = changed.pop("latents", latents)
+                    if changed.get("prior_tokens") is not None:
+                        prior_tokens, guided_ids = changed.pop("prior_tokens"), None
+                progress_bar.update()
+                if self._interrupt:
+                    break
+        self._current_timestep = None
+        return latents
+
+    def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Samples of a stage in the form that `output_type` names."""
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | None | list[int | str | None] | torch.Tensor,
+        num_stages: int = 2,
+        num_inference_steps: int | list[int] = 30,
+        guidance_scale: float | list[float] = 1.5,
+        prior_guidance_scale: float | list[float] | None = None,
+        guidance_drop: str = "class",
+        guidance_interval: tuple[float, float] | list[tuple[float, float]] = (0.25, 0.75),
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        image: PriorImage | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_stages: bool = False,
+        callback_on_step_end: Callable[["DoDPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> DoDPipelineOutput | tuple:
+        r"""Generates images of the given classes.
+
+        Args:
+            class_labels (`int`, `str`, `None`, or a `list` or `torch.Tensor` of them):
+                Class ids in `[0, num_classes)` or names of `id2label`; `None` is an unconditional sample.
+            num_stages (`int`, defaults to 2): Stages, each with the sample of the one before as its prior.
+            num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry a stage or one for all.
+            guidance_scale (`float` or `list` of `float`, defaults to 1.5):
+                Strength of classifier-free guidance; 1 turns it off. One entry a stage or one for all.
+            prior_guidance_scale (`float` or `list` of `float`, *optional*):
+                A scale of its own for the prior, at the cost of a third row a sample; `guidance_scale` is then the
+                class's alone and `guidance_drop` is not read.
+            guidance_drop (`str`, defaults to `"class"`):
+                What the second branch of guidance goes without: `"class"`, `"prior"` or `"both"`.
+            guidance_interval (pair of `float`, or a `list` of them, defaults to `(0.25, 0.75)`):
+                The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1);
+                `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+            num_images_per_prompt (`int`, defaults to 1): Images a label.
+            height (`int`, *optional*), width (`int`, *optional*):
+                Size in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
+            generator (`torch.Generator` or a `list` of them, *optional*):
+                Source of all noise. With a list, one for each image, an image does not depend on its batch.
+            latents (`torch.Tensor`, *optional*):
+                Standard normal noise for the first stage that runs, `(images, channels, height, width)`. Later stages
+                draw from `generator`.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, *optional*):
+                Your own picture in the place of stage 1's sample; stage 1 is then skipped. One for all images or one a
+                label, in [0, 1] where it is an array; a tensor with the latents' channels is taken as latents.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`] or a tuple.
+            return_stages (`bool`, defaults to `False`): Whether to also return every stage's samples.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step, timestep, kwargs)` after each step, `step` counting over all
+                stages; returns a dict with the tensors it changed. It may set `pipeline._guidance_scale` and
+                `pipeline._prior_guidance_scale` (until the stage ends) and stop everything by `pipeline._interrupt = True`.
+            callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
+                Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
+
+        Returns:
+            [`DoDPipelineOutput`] or `tuple`: the images, and the list of all stages' where asked for.
+
+        Raises:
+            ValueError: for arguments that do not fit the model, the scheduler or each other.
+        """
+        # 1. What to make, and whether it can be made
+        class_ids = self.prepare_class_labels(class_labels)
+        batch_size = len(class_ids) * num_images_per_prompt
+        sample_size = self.transformer.config.sample_size
+        sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if latents is not None and latents.ndim == 4:
+            sample_height, sample_width = latents.shape[-2:]
+        height = height or sample_height * self.spatial_factor
+        width = width or sample_width * self.spatial_factor
+        self.check_inputs(
+            batch_size,
+            num_stages,
+            num_inference_steps,
+            guidance_scale,
+            prior_guidance_scale,
+            guidance_drop,
+            guidance_interval,
+            num_images_per_prompt,
+            generator,
+            height,
+            width,
+            latents,
+            image,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device, dtype = self._execution_device, self.transformer.dtype
+        class_ids = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
+        self._num_stages, self._num_timesteps, self._interrupt = num_stages, 0, False
+        self._current_timestep = None
+
+        # 2. A user's picture stands for the first stage's sample
+        prior_latents, first_stage = None, 1
+        if image is not None:
+            prior_latents = self.prepare_image_latents(image, batch_size, height, width, dtype, device)
+            first_stage = 2
+
+        # 3. Stages, each from fresh noise
+        stage_latents = []
+        for stage in range(first_stage, num_stages + 1):
+            self._current_stage = stage
+            self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
+            self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
+            prior_tokens = None
+            if prior_latents is not None:
+                prior_tokens = self.latent_embedder(prior_latents, return_dict=False)[0]
+            noise = self.prepare_latents(batch_size, height, width, dtype, device, generator, latents)
+            prior_latents = self.denoise(
+                noise,
+                class_ids,
+                prior_tokens,
+                self._per_stage(num_inference_steps, num_stages)[stage - 1],
+                guidance_drop,
+                self._per_stage(guidance_interval, num_stages)[stage - 1],
+                generator,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
+            stage_latents.append(prior_latents)
+            latents = None
+            if self._interrupt:
+                break
+
+        # 4. Images
+        images = self.decode(stage_latents[-1], output_type)
+        stages = None
+        if return_stages:
+            stages = [self.decode(sample, output_type) for sample in stage_latents[:-1]] + [images]
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images, stages) if return_stages else (images,)
+        return DoDPipelineOutput(images=images, stages=stages)

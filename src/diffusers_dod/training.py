@@ -1,0 +1,146 @@
+"""The training objective of DoD and its pieces, for any training loop.
+
+Data flows as: latents and noise -> `flow_example` or `ddpm_example` -> `dod_loss`, which reads the prior off the clean
+latents of the first rows and leaves the other rows without one. One batch thus trains stage 1 and the later stages.
+
+    labels = drop_labels(labels, num_classes, probability=0.1)
+    sigmas = compute_density_for_timestep_sampling("logit_normal", len(latents), logit_mean=0.0, logit_std=1.0)
+    example = flow_example(latents, torch.randn_like(latents), sigmas)
+    loss = dod_loss(transformer, latent_embedder, latents, labels, example, count_prior_rows(len(latents), 0.5))
+    loss.total.backward()
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from diffusers import DDPMScheduler
+
+
+class DiffusionExample(NamedTuple):
+    """A batch to denoise: `noisy` and `target` are `(batch, channels, height, width)`, `timesteps` is `(batch,)`."""
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+
+
+class DoDLoss(NamedTuple):
+    """
+    Args:
+        total (`torch.Tensor`): mean over the batch, to be differentiated.
+        with_prior (`torch.Tensor`): mean over the rows that saw a prior (NaN if there was none).
+        without_prior (`torch.Tensor`): mean over the rows that did not (NaN if there was none).
+        per_sample (`torch.Tensor`): `(batch,)`, the rows with a prior first.
+    """
+
+    total: torch.Tensor
+    with_prior: torch.Tensor
+    without_prior: torch.Tensor
+    per_sample: torch.Tensor
+
+
+def drop_labels(
+    class_labels: torch.Tensor, num_classes: int, probability: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Turns each label into the null class `num_classes` with `probability`, for classifier-free guidance.
+
+    Args:
+        class_labels (`torch.Tensor`): `(batch,)` of integers.
+        num_classes (`int`): the model's classes.
+        probability (`float`): in [0, 1].
+        generator (`torch.Generator`, *optional*): on the labels' device.
+    """
+    dropped = torch.rand(class_labels.shape, generator=generator, device=class_labels.device) < probability
+    return torch.where(dropped, num_classes, class_labels)
+
+
+def count_prior_rows(batch_size: int, prior_drop: float, generator: torch.Generator | None = None) -> int:
+    """How many rows of a batch see a prior: `batch_size * (1 - prior_drop)`, rounded at random where it is not whole.
+
+    A count instead of a coin for each row spares the embedder the rows that would drop its output and keeps shapes
+    constant under `torch.compile`. The rows of a shuffled batch are exchangeable, so the first ones serve.
+
+    Args:
+        batch_size (`int`): rows of the batch.
+        prior_drop (`float`): share of rows without a prior, in [0, 1].
+        generator (`torch.Generator`, *optional*): a CPU generator.
+    """
+    expected = batch_size * (1 - prior_drop)
+    count = int(expected)
+    return count + int(torch.rand((), generator=generator).item() < expected - count)
+
+
+def flow_example(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> DiffusionExample:
+    """Flow matching on the linear path, in diffusers' convention.
+
+    `noisy = (1 - sigma) * latents + sigma * noise`, `target = noise - latents`, `timestep = 1000 * sigma`.
+
+    Args:
+        latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
+        sigmas (`torch.Tensor`): `(batch,)` in [0, 1], 1 is noise.
+    """
+    sigma = sigmas.to(latents.dtype).view(-1, 1, 1, 1)
+    return DiffusionExample((1 - sigma) * latents + sigma * noise, 1000 * sigmas, noise - latents)
+
+
+def ddpm_example(
+    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, noise_scheduler: DDPMScheduler
+) -> DiffusionExample:
+    """The noising of `noise_scheduler`, with the target of its `prediction_type`.
+
+    Args:
+        latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
+        timesteps (`torch.Tensor`): `(batch,)` of integers below `num_train_timesteps`.
+        noise_scheduler (`DDPMScheduler`): of prediction type `"epsilon"`, `"v_prediction"` or `"sample"`.
+    """
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = latents
+    return DiffusionExample(noisy, timesteps, target)
+
+
+def dod_loss(
+    transformer: nn.Module,
+    latent_embedder: nn.Module,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    example: DiffusionExample,
+    num_prior_rows: int,
+    weighting: torch.Tensor | None = None,
+) -> DoDLoss:
+    """Mean squared error of the transformer, jointly differentiable in both models.
+
+    Args:
+        transformer ([`DoDTransformer2DModel`]), latent_embedder ([`DoDLatentEmbedder`]): the models, wrapped or not.
+        latents (`torch.Tensor`): clean latents, which the embedder reads, `(batch, channels, height, width)`.
+        class_labels (`torch.Tensor`): `(batch,)`, already dropped where they should be.
+        example ([`DiffusionExample`]): what to denoise.
+        num_prior_rows (`int`): the first rows that see their prior ([`count_prior_rows`]).
+        weighting (`torch.Tensor`, *optional*): `(batch,)`, weight of each row's error.
+    """
+    prior_tokens = None
+    if num_prior_rows:
+        prior_tokens = latent_embedder(latents[:num_prior_rows], return_dict=False)[0]
+        # A row of zeros is a sample without a prior.
+        no_prior = prior_tokens.new_zeros(len(latents) - num_prior_rows, *prior_tokens.shape[1:])
+        prior_tokens = torch.cat([prior_tokens, no_prior])
+    prediction = transformer(
+        example.noisy, example.timesteps, class_labels, encoder_hidden_states=prior_tokens, return_dict=False
+    )[0]
+    # A learned variance, the second half of the channels, has no part in this loss.
+    error = prediction[:, : latents.shape[1]].float() - example.target.float()
+    per_sample = error.square().mean(dim=(1, 2, 3))
+    if weighting is not None:
+        per_sample = per_sample * weighting
+    return DoDLoss(
+        total=per_sample.mean(),
+        with_prior=per_sample[:num_prior_rows].detach().mean(),
+        without_prior=per_sample[num_prior_rows:].detach().mean(),
+        per_sample=per_sample.detach(),
+    )

@@ -1,0 +1,196 @@
+"""The DoD backbone: a class-conditional diffusion transformer that may also see prior tokens."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+from .layers import (
+    NORM_EPS,
+    DoDTransformerBlock,
+    initialize_linear_xavier,
+    patchify,
+    rotary_embedding_2d,
+    unpatchify,
+)
+
+
+class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+    r"""Diffusion transformer of Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531), with FiTv2's backbone.
+
+    One set of weights serves every stage. Without prior tokens it is a class-conditional transformer (stage 1); with
+    them, the tokens of [`DoDLatentEmbedder`] are added to the patch embedding of the noisy latents, which costs
+    nothing per step. The output starts at zero and a zero prior equals no prior, so a row of zeros is how rows with and
+    without a prior share a batch.
+
+    Parameters:
+        sample_size (`int` or pair of `int`, defaults to 32):
+            Height and width of the latents that a pipeline generates by default. Any size that `patch_size` divides
+            can be passed to `forward`.
+        patch_size (`int`, defaults to 2): Side of a patch.
+        in_channels (`int`, defaults to 4): Channels of the latents.
+        out_channels (`int`, *optional*):
+            Channels of the output, `in_channels` by default. Twice `in_channels` is a DiT with learned variance.
+        num_layers (`int`, defaults to 36): Blocks.
+        num_attention_heads (`int`, defaults to 16): Attention heads.
+        attention_head_dim (`int`, defaults to 72):
+            Channels of a head, a multiple of 4; the width is `num_attention_heads * attention_head_dim`.
+        num_classes (`int`, defaults to 1000):
+            Classes. Label `num_classes` is the null class; 0 makes an unconditional model, whose only label is 0.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's cut by 2/3.
+        adaln_rank (`int`, *optional*):
+            Rank of each block's own modulation, a quarter of the width by default.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        timestep_scale (`float`, defaults to 1.0), timestep_offset (`float`, defaults to 0.0):
+            The sinusoidal embedding reads `timestep_offset + timestep_scale * timestep`. A model whose time runs from
+            noise (0) to data (1), such as SiT, has offset 1 and scale -0.001.
+        prediction_type (`str`, *optional*):
+            What the output is: `"flow"` (`noise - sample`), `"epsilon"`, `"v_prediction"` or `"sample"`. It does not
+            change the computation; [`DoDPipeline`] refuses a scheduler that reads the output as something else.
+            `None` leaves it to the scheduler.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DoDTransformerBlock"]
+    _repeated_blocks = ["DoDTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "norm", "adaln"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 36,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        adaln_rank: int | None = None,
+        rope_theta: float = 10000.0,
+        timestep_scale: float = 1.0,
+        timestep_offset: float = 0.0,
+        prediction_type: str | None = None,
+    ):
+        super().__init__()
+        if attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
+            )
+        if prediction_type not in (None, "flow", "epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"`prediction_type` is {prediction_type!r}; use 'flow', 'epsilon', 'v_prediction', 'sample' or None."
+            )
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        adaln_rank = self.inner_dim // 4 if adaln_rank is None else adaln_rank
+
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, self.inner_dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, self.inner_dim)
+        self.class_embed = nn.Embedding(num_classes + 1, self.inner_dim)
+        self.adaln_global = nn.Linear(self.inner_dim, 6 * self.inner_dim)
+        self.transformer_blocks = nn.ModuleList(
+            DoDTransformerBlock(num_attention_heads, attention_head_dim, mlp_ratio, adaln_rank)
+            for _ in range(num_layers)
+        )
+        self.adaln_out = nn.Linear(self.inner_dim, 2 * self.inner_dim)
+        self.norm_out = nn.LayerNorm(self.inner_dim, eps=NORM_EPS, elementwise_affine=False)
+        self.proj_out = nn.Linear(self.inner_dim, self.out_channels * patch_size**2)
+
+        self.gradient_checkpointing = False
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        # FiTv2's: Xavier for linear layers, normal for both embeddings, zero for every modulation and the output.
+        self.apply(initialize_linear_xavier)
+        for embedding in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed):
+            nn.init.normal_(embedding.weight, std=0.02)
+        modulations = [block.adaln_up for block in self.transformer_blocks]
+        for linear in (*modulations, self.adaln_global, self.adaln_out, self.proj_out):
+            nn.init.zeros_(linear.weight)
+
+    def enable_cache(self, config) -> None:
+        # First-block and magnitude caching look the block up in this registry, which diffusers fills with its own
+        # models only and does not export; every other cache works without it.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): noisy latents, `(batch, in_channels, height, width)`.
+            timestep (`torch.Tensor`): `(batch,)` or a scalar, in [0, 1000]; 1000 * sigma for flow matching.
+            class_labels (`torch.Tensor`): `(batch,)` of integers in `[0, num_classes]`, `num_classes` the null class.
+            encoder_hidden_states (`torch.Tensor`, *optional*):
+                Prior tokens, `(batch, height/patch * width/patch, width of the model)`. `None` is stage 1; a row of
+                zeros is a sample without a prior.
+            return_dict (`bool`, defaults to `True`): whether to return a [`Transformer2DModelOutput`] or a tuple.
+
+        Returns:
+            [`Transformer2DModelOutput`] or `tuple`: the prediction, `(batch, out_channels, height, width)`.
+
+        Raises:
+            ValueError: if `patch_size` does not divide the latents, or the prior tokens do not fit their grid.
+        """
+        batch, _, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        dtype = hidden_states.dtype
+
+        # 1. Tokens and where they stand, with the prior added
+        hidden_states = self.patch_embed(patchify(hidden_states, patch_size))
+        rotary_emb = rotary_embedding_2d(
+            height // patch_size,
+            width // patch_size,
+            self.config.attention_head_dim,
+            self.config.rope_theta,
+            hidden_states.device,
+        )
+        if encoder_hidden_states is not None:
+            if encoder_hidden_states.shape != hidden_states.shape:
+                raise ValueError(
+                    f"Prior tokens are {tuple(encoder_hidden_states.shape)} but the noisy tokens are "
+                    f"{tuple(hidden_states.shape)}: use an embedder whose `output_dim` and `output_patch_size` are the "
+                    "transformer's width and patch size, on latents of the same size."
+                )
+            hidden_states = hidden_states + encoder_hidden_states
+
+        # 2. Conditioning on time and class
+        timestep = self.config.timestep_offset + self.config.timestep_scale * timestep
+        timestep_emb = self.time_embed(self.time_proj(timestep.expand(batch)).to(dtype))
+        conditioning = F.silu(timestep_emb + self.class_embed(class_labels))
+        modulation = self.adaln_global(conditioning)
+
+        # 3. Blocks
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, modulation, rotary_emb
+                )
+            else:
+                hidden_states = block(hidden_states, conditioning, modulation, rotary_emb)
+
+        # 4. Output
+        shift, scale = self.adaln_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
+        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+        sample = unpatchify(hidden_states, height, width, patch_size)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
