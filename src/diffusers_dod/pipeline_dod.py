@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
@@ -59,8 +59,9 @@ class DoDPipeline(DiffusionPipeline):
         transformer: DoDTransformer2DModel,
         latent_embedder: DoDLatentEmbedder,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None = None,
-        id2label: dict[str, str] | None = None,
+        # diffusers 0.36 reads these annotations and knows `Optional` only.
+        vae: Optional[ModelMixin] = None,  # noqa: UP045
+        id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, latent_embedder=latent_embedder, scheduler=scheduler, vae=vae)

@@ -1,0 +1,24 @@
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: quickstart test lint diffusers-tests
+
+quickstart: $(VENV)/installed
+	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
+
+test: $(VENV)/installed lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# diffusers' own model and pipeline tests on this package; DIFFUSERS_CHECKOUT names a checkout of diffusers.
+diffusers-tests: $(VENV)/installed
+	DIFFUSERS_CHECKOUT=$(DIFFUSERS_CHECKOUT) $(VENV)/bin/python -m pytest tests/diffusers_common
+
+# Byte-compiling every installed file would take a fifth of the whole set-up; Python compiles what it imports.
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,test]"
+	touch $@
