@@ -1,6 +1,7 @@
 """Tiny models for the tests, with random weights so that the parts which start at zero act too."""
 
 import torch
+
 from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
 
 

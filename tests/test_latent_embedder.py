@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
-from diffusers_dod.training import dod_loss, flow_example
 from helpers import tiny_embedder, tiny_transformer
 from plain_models import plain_embedder
+
+from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
+from diffusers_dod.training import dod_loss, flow_example
 
 
 def make_latents(batch=2, height=8, width=8, seed=0):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from diffusers_dod import DoDTransformer2DModel
 from helpers import tiny_transformer
 from plain_models import plain_transformer
+
+from diffusers_dod import DoDTransformer2DModel
 
 
 def make_inputs(batch=2, channels=4, height=8, width=8, num_classes=10, seed=0):
