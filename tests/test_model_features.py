@@ -198,7 +198,7 @@ def test_lora(case, tmp_path):
     model.save_lora_adapter(tmp_path)
 
     loaded = build()
-    loaded.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    loaded.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=None)
     torch.testing.assert_close(run(loaded, make_inputs()), adapted)
     loaded.fuse_lora()
     torch.testing.assert_close(run(loaded, make_inputs()), adapted, atol=1e-5, rtol=1e-4)
