@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers import FasterCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -118,6 +119,11 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             nn.init.zeros_(linear.weight)
 
     def enable_cache(self, config) -> None:
+        if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+            raise ValueError(
+                "FasterCache would drop the unguided half of a batch without its `class_labels`: pass "
+                "`is_guidance_distilled=True`, which keeps the batch whole and only skips attention."
+            )
         # First-block and magnitude caching look the block up in this registry, which diffusers fills with its own
         # models only and does not export; every other cache works without it.
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
