@@ -568,7 +568,8 @@ class DoDPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, kwargs)` after each step, `step` counting over all
                 stages; returns a dict with the tensors it changed. It may set `pipeline._guidance_scale` and
-                `pipeline._prior_guidance_scale` (until the stage ends) and stop everything by `pipeline._interrupt = True`.
+                `pipeline._prior_guidance_scale` (until the stage ends, where a list gives the next stage its own) and
+                stop everything by `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
                 Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
 
@@ -624,8 +625,11 @@ class DoDPipeline(DiffusionPipeline):
         stage_latents = []
         for stage in range(first_stage, num_stages + 1):
             self._current_stage = stage
-            self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
-            self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
+            # One scale for all stages is set once, so that what a callback makes of it lasts.
+            if stage == first_stage or isinstance(guidance_scale, list):
+                self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
+            if stage == first_stage or isinstance(prior_guidance_scale, list):
+                self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
             prior_tokens = None
             if prior_latents is not None:
                 prior_tokens = self.latent_embedder(prior_latents, return_dict=False)[0]
