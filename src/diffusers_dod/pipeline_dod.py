@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
@@ -61,8 +61,8 @@ class DoDPipeline(DiffusionPipeline):
         transformer: DoDTransformer2DModel,
         latent_embedder: DoDLatentEmbedder,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None = None,
-        id2label: dict[str, str] | None = None,
+        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
+        id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, latent_embedder=latent_embedder, scheduler=scheduler, vae=vae)
