@@ -274,9 +274,11 @@ def test_model_offload():
     expected = [sample(pipe, output_type="pt", image=image).images for image in (None, picture)]
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
+        hook = pipe.transformer._hf_hook
         offloaded = [sample(pipe, output_type="pt", image=image).images for image in (None, picture)]
         assert all(hasattr(model, "_hf_hook") for model in (pipe.transformer, pipe.latent_embedder, pipe.vae))
         assert torch.equal(torch.stack(offloaded), torch.stack(expected))
+        assert pipe.transformer._hf_hook is not hook  # diffusers frees the models and hooks them anew
 
 
 @pytest.mark.skipif(
