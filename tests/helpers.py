@@ -1,40 +1,69 @@
-"""Tiny models for the tests, with random weights so that the parts which start at zero act too."""
+"""Tiny models with random weights, so that parts that start at zero act."""
 
+import diffusers
 import torch
 
-from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
+from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 
 
-def randomize_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Adds seeded noise to every parameter, in place, and puts the model in evaluation mode."""
+def randomize_weights(model, seed=0, std=0.2):
+    """Gives every parameter a normal value, the same ones for the same seed; returns the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
-def tiny_transformer(**overrides) -> DoDTransformer2DModel:
-    config = {
-        "sample_size": 8,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_classes": 10,
-    }
-    torch.manual_seed(0)
-    return randomize_weights(DoDTransformer2DModel(**{**config, **overrides}))
+def tiny_transformer(**overrides):
+    config = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 10}
+    return randomize_weights(DoDTransformer2DModel(**config | overrides), seed=1)
 
 
-def tiny_embedder(**overrides) -> DoDLatentEmbedder:
+def tiny_embedder(**overrides):
     config = {
         "sample_size": 8,
         "num_encoder_layers": 1,
         "num_decoder_layers": 1,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "bottleneck_dim": 2,
         "output_dim": 16,
+        "bottleneck_dim": 2,
     }
+    config |= {"num_attention_heads": 2, "attention_head_dim": 8}
+    return randomize_weights(DoDLatentEmbedder(**config | overrides), seed=2)
+
+
+def tiny_vae(kind="kl", **overrides):
+    """One of diffusers' autoencoders: "kl", "tiny" and "dc" have 4 latent channels, "rae" has 64; 2 pixels a latent."""
     torch.manual_seed(0)
-    return randomize_weights(DoDLatentEmbedder(**{**config, **overrides}))
+    if kind == "kl":
+        config = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.5}
+        config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+        return diffusers.AutoencoderKL(**config | overrides).eval()
+    if kind == "tiny":
+        config = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        config |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": 4}
+        return diffusers.AutoencoderTiny(**config | overrides).eval()
+    if kind == "dc":
+        config = {"latent_channels": 4, "attention_head_dim": 2, "scaling_factor": 0.4}
+        for side in ("encoder", "decoder"):
+            config[f"{side}_block_types"] = ("ResBlock", "EfficientViTBlock")
+            config[f"{side}_block_out_channels"] = (8, 8)
+            config[f"{side}_layers_per_block"] = (1, 1)
+            config[f"{side}_qkv_multiscales"] = ((), (5,))
+        return diffusers.AutoencoderDC(**config | overrides).eval()
+    config = {"encoder_hidden_size": 64, "encoder_patch_size": 8, "encoder_input_size": 64, "patch_size": 2}
+    config |= {"encoder_num_hidden_layers": 1, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1}
+    config |= {"decoder_num_attention_heads": 4, "decoder_intermediate_size": 32, "image_size": 16}
+    return diffusers.AutoencoderRAE(**config | overrides).eval()
+
+
+def tiny_pipeline(**overrides):
+    """A pipeline in pixel space with 4 channels' worth of latents unless `vae` is given; no progress bar."""
+    components = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": None} | overrides
+    channels = overrides.pop("channels", 4)
+    components.pop("channels", None)
+    components.setdefault("transformer", tiny_transformer(in_channels=channels))
+    components.setdefault("latent_embedder", tiny_embedder(in_channels=channels))
+    pipe = DoDPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Optional
 
 import numpy as np
@@ -59,8 +61,7 @@ class DoDPipeline(DiffusionPipeline):
         transformer: DoDTransformer2DModel,
         latent_embedder: DoDLatentEmbedder,
         scheduler: SchedulerMixin,
-        # diffusers 0.36 reads these annotations and knows `Optional` only.
-        vae: Optional[ModelMixin] = None,  # noqa: UP045
+        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
     ):
         super().__init__()
@@ -81,7 +82,7 @@ class DoDPipeline(DiffusionPipeline):
         self.spatial_factor = vae_spatial_factor(vae)
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.spatial_factor * transformer.config.patch_size,
-            vae_latent_channels=0 if vae is None else channels,
+            vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
             do_convert_rgb=vae is not None or channels == 3,
             do_convert_grayscale=vae is None and channels == 1,
         )
@@ -185,7 +186,7 @@ class DoDPipeline(DiffusionPipeline):
                 ids.append(num_classes)
             elif isinstance(label, str):
                 ids += self.get_label_ids(label)
-            elif isinstance(label, (int, np.integer)) and 0 <= label < num_classes:
+            elif self._is_count(label, least=0) and label < num_classes:
                 ids.append(int(label))
             else:
                 raise ValueError(
@@ -203,7 +204,6 @@ class DoDPipeline(DiffusionPipeline):
         prior_guidance_scale,
         guidance_drop,
         guidance_interval,
-        num_images_per_prompt,
         generator,
         height,
         width,
@@ -212,8 +212,8 @@ class DoDPipeline(DiffusionPipeline):
         output_type,
         callback_on_step_end_tensor_inputs,
     ):
-        if num_stages < 1:
-            raise ValueError(f"`num_stages` is {num_stages}; at least one stage must run.")
+        if not self._is_count(num_stages):
+            raise ValueError(f"`num_stages` is {num_stages!r}; it must be an integer of at least 1.")
         if image is not None and num_stages < 2:
             raise ValueError("`image` replaces stage 1, so `num_stages` must be at least 2.")
         for name, value in (
@@ -227,17 +227,23 @@ class DoDPipeline(DiffusionPipeline):
                     f"`{name}` has {len(value)} entries for {num_stages} stages: pass one entry a stage, or one value."
                 )
         for steps in self._per_stage(num_inference_steps, num_stages):
-            if not isinstance(steps, (int, np.integer)) or steps < 1:
+            if not self._is_count(steps):
                 raise ValueError(f"`num_inference_steps` is {steps!r}; every stage needs an integer of at least 1.")
-        for start, stop in self._per_stage(guidance_interval, num_stages):
-            if not 0 <= start <= stop <= 1:
+        for name, value in (("guidance_scale", guidance_scale), ("prior_guidance_scale", prior_guidance_scale)):
+            for scale in self._per_stage(value, num_stages):
+                if name == "prior_guidance_scale" and scale is None:
+                    continue
+                if not isinstance(scale, Real) or not math.isfinite(scale):
+                    raise ValueError(f"`{name}` is {scale!r}; every stage needs a finite number.")
+        for interval in self._per_stage(guidance_interval, num_stages):
+            is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+            if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
                 raise ValueError(
-                    f"`guidance_interval` is {(start, stop)}; pass (start, stop) with 0 <= start <= stop <= 1."
+                    f"`guidance_interval` is {interval!r}; pass a tuple (start, stop) with 0 <= start <= stop <= 1, or "
+                    "a list of them, one a stage."
                 )
         if guidance_drop not in ("class", "prior", "both"):
             raise ValueError(f"`guidance_drop` is {guidance_drop!r}; use 'class', 'prior' or 'both'.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators for {batch_size} images: pass one, or one for each of the images."
@@ -251,28 +257,34 @@ class DoDPipeline(DiffusionPipeline):
             )
 
         multiple = self.spatial_factor * self.transformer.config.patch_size
-        if height % multiple or width % multiple:
+        if height < 1 or width < 1 or height % multiple or width % multiple:
             raise ValueError(
                 f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
             )
         shape = (batch_size, *self._latent_shape(height, width))
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` is {tuple(latents.shape)}; for these arguments it must be {shape}.")
+            if not torch.is_tensor(latents) or tuple(latents.shape) != shape:
+                given = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+                raise ValueError(f"`latents` is {given}; for these arguments it must be a tensor of {shape}.")
             if not torch.isfinite(latents).all():
                 raise ValueError("`latents` holds NaN or infinite values.")
-        self._check_prediction_type()
+        self._check_scheduler()
 
-    def _check_prediction_type(self) -> None:
-        config, name = self.scheduler.config, type(self.scheduler).__name__
+    def _check_scheduler(self) -> None:
+        # A config made by `from_config` also carries the entries of the scheduler that it was made of, so the class
+        # itself says which of them it reads.
+        name, parameters = type(self.scheduler).__name__, inspect.signature(type(self.scheduler)).parameters
+        config = {key: value for key, value in self.scheduler.config.items() if key in parameters}
+
         # The flow-matching schedulers have no such entry; the others say "flow_prediction" and need flow sigmas.
-        scheduler_type = config.get("prediction_type", "flow").replace("flow_prediction", "flow")
+        prediction_type = config.get("prediction_type", "flow_prediction")
+        scheduler_type = prediction_type.replace("flow_prediction", "flow")
         flow_sigmas = config.get("use_flow_sigmas", "prediction_type" not in config)
         if flow_sigmas != (scheduler_type == "flow"):
             raise ValueError(
-                f"{name} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={config.prediction_type!r}`, which "
-                "contradict each other: make it with `use_flow_sigmas=True, prediction_type='flow_prediction'` for a "
-                "flow model and with neither for another."
+                f"{name} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={prediction_type!r}`, which "
+                "contradict each other: use a scheduler with `use_flow_sigmas=True, prediction_type='flow_prediction'` "
+                "for a flow model and with neither for another."
             )
         model_type = self.transformer.config.prediction_type
         if model_type not in (None, scheduler_type):
@@ -285,6 +297,23 @@ class DoDPipeline(DiffusionPipeline):
                     else f"DDIMScheduler(prediction_type={model_type!r})."
                 )
             )
+
+        if config.get("variance_type") not in ("learned", "learned_range"):
+            return
+        if not isinstance(self.scheduler, DDPMScheduler):
+            raise ValueError(
+                f"{name} cannot read a learned variance: make it with `variance_type=None`, or use DDPMScheduler."
+            )
+        in_channels, out_channels = self.transformer.config.in_channels, self.transformer.config.out_channels
+        if out_channels != 2 * in_channels:
+            raise ValueError(
+                f"{name} has `variance_type={config['variance_type']!r}` but the transformer predicts no variance (its "
+                f"`out_channels` is not {2 * in_channels}): make the scheduler with `variance_type='fixed_small'`."
+            )
+
+    @staticmethod
+    def _is_count(value: Any, least: int = 1) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
     @staticmethod
     def _per_stage(value: Any, num_stages: int) -> list:
@@ -304,44 +333,65 @@ class DoDPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A stage's initial noise, `(batch, channels, height/factor, width/factor)`, at the scheduler's scale."""
+        """A stage's initial noise, standard normal, `(batch, channels, height/factor, width/factor)`."""
         if latents is None:
             shape = (batch_size, *self._latent_shape(height, width))
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        else:
-            latents = latents.to(device=device, dtype=dtype)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype)
 
     def prepare_image_latents(
-        self, image: PriorImage, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        image: PriorImage,
+        batch_size: int,
+        num_images_per_prompt: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> torch.Tensor:
         """Latents of a user's own picture, which stand for the sample of stage 1.
 
         Args:
-            image: one picture for all samples or one for each: PIL, array or tensor in [0, 1], or latents. Without a
-                VAE a tensor with negative values is taken as latents.
-            batch_size (`int`), height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
+            image: one picture for all samples, one for each label or one for each sample: PIL, array or tensor in
+                [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
+                pictures have that shape too, one with negative values is.
+            batch_size (`int`), num_images_per_prompt (`int`): samples, and samples a label.
+            height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
+
+        Raises:
+            ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch.
         """
-        channels, latent_height, latent_width = self._latent_shape(height, width)
+        latent_shape = self._latent_shape(height, width)
+        if isinstance(image, list) and not image:
+            raise ValueError("`image` is an empty list: pass at least one picture.")
         is_latents = torch.is_tensor(image) and (
-            image.shape[-3] == channels if self.vae is not None else bool((image < 0).any())
+            tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
         )
         if is_latents:
             image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
         else:
             is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
             pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop" if is_pil else "default")
+            channels = latent_shape[0] if self.vae is None else 3
+            if pixels.shape[1] != channels:
+                raise ValueError(
+                    f"`image` has {pixels.shape[1]} channels: pass a picture of {channels}, or latents of {latent_shape}."
+                )
+            if pixels.abs().max() > 1.01:  # 1 and some rounding
+                raise ValueError("`image` holds values outside of [0, 1]: divide an 8-bit image by 255.")
             image_latents = encode_images(self.vae, pixels.to(device=device, dtype=dtype)).to(dtype)
         if not torch.isfinite(image_latents).all():
             raise ValueError("`image` holds NaN or infinite values, or the VAE made them of it.")
+
+        num_labels = batch_size // num_images_per_prompt
         if image_latents.shape[0] == 1:
             image_latents = image_latents.expand(batch_size, -1, -1, -1)
-        elif batch_size % image_latents.shape[0] == 0:
-            image_latents = image_latents.repeat_interleave(batch_size // image_latents.shape[0], dim=0)
-        if tuple(image_latents.shape) != (batch_size, channels, latent_height, latent_width):
+        elif image_latents.shape[0] == num_labels:
+            image_latents = image_latents.repeat_interleave(num_images_per_prompt, dim=0)
+        if tuple(image_latents.shape) != (batch_size, *latent_shape):
             raise ValueError(
                 f"`image` gives latents of {tuple(image_latents.shape)}; for these arguments they must be "
-                f"{(batch_size, channels, latent_height, latent_width)}, with one picture or one for each label."
+                f"{(batch_size, *latent_shape)}, with one picture or one for each label."
             )
         return image_latents
 
@@ -362,6 +412,12 @@ class DoDPipeline(DiffusionPipeline):
         dropped_ids = class_ids if guidance_drop == "prior" else null_ids
         dropped_prior = prior_tokens if guidance_drop == "class" else no_prior
         return torch.cat([class_ids, dropped_ids]), torch.cat([prior_tokens, dropped_prior])
+
+    def _is_guided(self, prior_tokens: torch.Tensor | None, guidance_drop: str) -> bool:
+        if prior_tokens is None:
+            # Stage 1 has no prior to lose, so only the class can guide it.
+            return self._guidance_scale != 1.0 and (guidance_drop != "prior" or self._prior_guidance_scale is not None)
+        return self.do_classifier_free_guidance
 
     def combine_guidance(self, predictions: list[torch.Tensor]) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) over the parts of [`prepare_guidance`].
@@ -387,11 +443,13 @@ class DoDPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
-        """Runs one stage from its noise to its sample, with the guidance scales of the moment."""
+        """Runs one stage from standard normal noise to its sample, with the guidance scales of the moment."""
         # Every stage starts the scheduler, and any feature cache, anew: multistep ones remember earlier predictions.
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         if self.transformer.is_cache_enabled:
             self.transformer._reset_stateful_cache()
+        # Only now, because a scheduler's noise scale may depend on its steps.
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         timesteps = self.scheduler.timesteps
         first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
         start, stop = (fraction * len(timesteps) for fraction in guidance_interval)
@@ -402,25 +460,24 @@ class DoDPipeline(DiffusionPipeline):
             "learned",
             "learned_range",
         )
-        # Where nothing is dropped there is nothing to guide with: stage 1 has no prior to lose.
-        can_guide = prior_tokens is not None or guidance_drop != "prior" or self._prior_guidance_scale is not None
-        guided_ids = None
+        parts = None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             progress_bar.set_description(f"Stage {self._current_stage}/{self._num_stages}")
             for i, timestep in enumerate(timesteps):
                 self._current_timestep = timestep
                 ids, tokens = class_ids, prior_tokens
-                if can_guide and self.do_classifier_free_guidance and start <= i < stop:
-                    if guided_ids is None:
-                        guided_ids, guided_tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
-                    ids, tokens = guided_ids, guided_tokens
-                parts = len(ids) // len(class_ids)
+                if start <= i < stop and self._is_guided(prior_tokens, guidance_drop):
+                    ids, tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
+                last_parts, parts = parts, len(ids) // len(class_ids)
+                if last_parts not in (None, parts) and self.transformer.is_cache_enabled:
+                    # What a cache holds has the rows of the last step, which are not this step's.
+                    self.transformer._reset_stateful_cache()
 
                 model_input = torch.cat([latents] * parts)
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(model_input, timestep)
-                with self.transformer.cache_context(f"{parts}_parts"):
+                with self.transformer.cache_context("denoise"):
                     output = self.transformer(
                         model_input,
                         timestep=timestep.expand(len(ids)),
@@ -442,8 +499,7 @@ class DoDPipeline(DiffusionPipeline):
                         callback_kwargs[name] = locals()[name]
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
                     latents = changed.pop("latents", latents)
-                    if changed.get("prior_tokens") is not None:
-                        prior_tokens, guided_ids = changed.pop("prior_tokens"), None
+                    prior_tokens = changed.pop("prior_tokens", prior_tokens)
                 progress_bar.update()
                 if self._interrupt:
                     break
@@ -505,14 +561,15 @@ class DoDPipeline(DiffusionPipeline):
                 draw from `generator`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, *optional*):
                 Your own picture in the place of stage 1's sample; stage 1 is then skipped. One for all images or one a
-                label, in [0, 1] where it is an array; a tensor with the latents' channels is taken as latents.
+                label, in [0, 1] where it is an array; a tensor of the latents' shape is taken as latents.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`] or a tuple.
             return_stages (`bool`, defaults to `False`): Whether to also return every stage's samples.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, kwargs)` after each step, `step` counting over all
                 stages; returns a dict with the tensors it changed. It may set `pipeline._guidance_scale` and
-                `pipeline._prior_guidance_scale` (until the stage ends) and stop everything by `pipeline._interrupt = True`.
+                `pipeline._prior_guidance_scale` (until the stage ends, where a list gives the next stage its own) and
+                stop everything by `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
                 Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
 
@@ -524,13 +581,17 @@ class DoDPipeline(DiffusionPipeline):
         """
         # 1. What to make, and whether it can be made
         class_ids = self.prepare_class_labels(class_labels)
+        if not self._is_count(num_images_per_prompt):
+            raise ValueError(
+                f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1."
+            )
         batch_size = len(class_ids) * num_images_per_prompt
         sample_size = self.transformer.config.sample_size
         sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        if latents is not None and latents.ndim == 4:
+        if torch.is_tensor(latents) and latents.ndim == 4:
             sample_height, sample_width = latents.shape[-2:]
-        height = height or sample_height * self.spatial_factor
-        width = width or sample_width * self.spatial_factor
+        height = sample_height * self.spatial_factor if height is None else height
+        width = sample_width * self.spatial_factor if width is None else width
         self.check_inputs(
             batch_size,
             num_stages,
@@ -539,7 +600,6 @@ class DoDPipeline(DiffusionPipeline):
             prior_guidance_scale,
             guidance_drop,
             guidance_interval,
-            num_images_per_prompt,
             generator,
             height,
             width,
@@ -556,15 +616,20 @@ class DoDPipeline(DiffusionPipeline):
         # 2. A user's picture stands for the first stage's sample
         prior_latents, first_stage = None, 1
         if image is not None:
-            prior_latents = self.prepare_image_latents(image, batch_size, height, width, dtype, device)
+            prior_latents = self.prepare_image_latents(
+                image, batch_size, num_images_per_prompt, height, width, dtype, device
+            )
             first_stage = 2
 
         # 3. Stages, each from fresh noise
         stage_latents = []
         for stage in range(first_stage, num_stages + 1):
             self._current_stage = stage
-            self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
-            self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
+            # One scale for all stages is set once, so that what a callback makes of it lasts.
+            if stage == first_stage or isinstance(guidance_scale, list):
+                self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
+            if stage == first_stage or isinstance(prior_guidance_scale, list):
+                self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
             prior_tokens = None
             if prior_latents is not None:
                 prior_tokens = self.latent_embedder(prior_latents, return_dict=False)[0]

@@ -1,0 +1,101 @@
+"""Pipeline folders: what is saved is what is loaded, bit for bit."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from helpers import tiny_pipeline, tiny_vae
+
+from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+
+
+LABELS = {0: "tench, Tinca tinca", 3: "Hüpfball, 跳跳球", 4: "crane"}
+
+
+def sample(pipe, **arguments):
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "pt"} | arguments
+    return pipe([3, 1], generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+AUTOENCODERS = [None, "kl", "tiny", "dc"] + ["rae"] * hasattr(diffusers, "AutoencoderRAE")
+
+
+@pytest.mark.parametrize("autoencoder", AUTOENCODERS)
+def test_folder_gives_the_same_images(autoencoder, tmp_path):
+    vae = autoencoder and tiny_vae(autoencoder)
+    pipe = tiny_pipeline(
+        vae=vae,
+        channels=64 if autoencoder == "rae" else 4,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        id2label=LABELS,
+    )
+    expected = sample(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = DoDPipeline.from_pretrained(tmp_path)
+    assert (loaded.vae is None) == (autoencoder is None)
+    assert torch.equal(sample(loaded), expected)
+    # Again, from what was loaded.
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(sample(DoDPipeline.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_names_survive(tmp_path):
+    tiny_pipeline(id2label=LABELS).save_pretrained(tmp_path)
+    loaded = DoDPipeline.from_pretrained(tmp_path)
+    assert loaded.get_label_ids(["Tinca tinca", "跳跳球", "Hüpfball", "crane"]) == [0, 3, 3, 4]
+    assert loaded.config.id2label == {str(class_id): name for class_id, name in LABELS.items()}
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    assert index["id2label"]["3"] == "Hüpfball, 跳跳球"
+
+
+def test_pipeline_without_names_stays_without(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    loaded = DoDPipeline.from_pretrained(tmp_path)
+    assert loaded.config.id2label is None and loaded.labels == {}
+
+
+def test_components_load_alone(tmp_path):
+    pipe = tiny_pipeline(vae=tiny_vae("kl"))
+    pipe.save_pretrained(tmp_path)
+    rebuilt = DoDPipeline(
+        transformer=DoDTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer"),
+        latent_embedder=DoDLatentEmbedder.from_pretrained(tmp_path, subfolder="latent_embedder"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        vae=diffusers.AutoencoderKL.from_pretrained(tmp_path, subfolder="vae"),
+    )
+    assert torch.equal(sample(rebuilt), sample(pipe))
+
+
+def test_component_given_at_loading_replaces_the_saved_one(tmp_path):
+    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    loaded = DoDPipeline.from_pretrained(tmp_path, scheduler=scheduler)
+    assert loaded.scheduler is scheduler
+    assert DoDPipeline.from_pretrained(tmp_path, vae=None).spatial_factor == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_at_loading(dtype, tmp_path):
+    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
+    loaded = DoDPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    for model in (loaded.transformer, loaded.latent_embedder, loaded.vae):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.isfinite(sample(loaded)).all()
+
+
+def test_components_make_another_pipeline():
+    pipe = tiny_pipeline(vae=tiny_vae("kl"), id2label=LABELS)
+    # The table of names is no component.
+    other = DoDPipeline(**pipe.components, id2label=pipe.config.id2label)
+    assert set(pipe.components) == {"transformer", "latent_embedder", "scheduler", "vae"}
+    assert torch.equal(sample(other), sample(pipe))
+    assert other.labels == pipe.labels
+
+
+def test_folder_without_the_models(tmp_path):
+    """A part of a pipeline, for one who wants the scheduler and the names only."""
+    tiny_pipeline(id2label=LABELS).save_pretrained(tmp_path)
+    part = DoDPipeline.from_pretrained(tmp_path, transformer=None, latent_embedder=None)
+    assert part.get_label_ids("crane") == [4]
