@@ -1,0 +1,152 @@
+"""Labelled images for training and evaluation: loading, checking, cropping, batching."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+
+
+def _is_saved_dataset(folder: str | Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote the folder."""
+    return any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_folder(folder: str, cache_dir: str | None) -> datasets.Dataset:
+    if not Path(folder).is_dir():
+        raise ValueError("it is not a folder")
+    if _is_saved_dataset(folder):
+        data = datasets.load_from_disk(folder)
+        return data["train"] if isinstance(data, datasets.DatasetDict) else data
+    if not any(path.is_dir() for path in Path(folder).iterdir()):
+        raise ValueError("it has no subfolders, put the images of each class into one of their own")
+    # By pattern, since `datasets` would take a class called "train" or "test" for a split.
+    options = {"data_files": {"train": "*/*"}, "drop_labels": False, "drop_metadata": True, "cache_dir": cache_dir}
+    return datasets.load_dataset("imagefolder", data_dir=folder, split="train", **options)
+
+
+def load_labelled_images(
+    folder: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    cache_dir: str | None = None,
+) -> tuple[datasets.Dataset, list[str] | None]:
+    """Loads images with their classes, the `train` split where there are several.
+
+    Args:
+        folder (`str`, *optional*): a folder with one subfolder a class, or what `datasets.save_to_disk` wrote.
+        dataset_name (`str`, *optional*): a dataset of the Hub, where no `folder` is given.
+        dataset_config_name (`str`, *optional*): its configuration.
+        image_column (`str`), label_column (`str`): columns to read; labels are names, or integers from 0.
+        cache_dir (`str`, *optional*): where `datasets` keeps what it downloads and prepares.
+
+    Returns:
+        the dataset, of columns `image` (undecoded) and `label` (integers), and the names of the classes if they have
+        any.
+
+    Raises:
+        ValueError: if there is nothing to load, or no column of images and one of classes.
+    """
+    source = dataset_name if folder is None else folder
+    try:
+        if folder is None:
+            data = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache_dir)
+        else:
+            data = _load_folder(folder, cache_dir)
+    except Exception as error:  # `datasets` raises many unrelated kinds for what is missing, private or malformed
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"No images could be loaded from {source}: {reason}") from error
+
+    for column in (image_column, label_column):
+        if column not in data.column_names:
+            raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(data.column_names)}.")
+    if not isinstance(data.features[image_column], datasets.Image):
+        raise ValueError(f"Column {image_column!r} of {source} does not hold images.")
+    if len(data) == 0:
+        raise ValueError(f"{source} holds no images.")
+    if data.features[label_column] == datasets.Value("string"):
+        data = data.class_encode_column(label_column)
+    if any(not isinstance(label, int) or label < 0 for label in data.unique(label_column)):
+        raise ValueError(f"Column {label_column!r} of {source} must hold classes: names, or integers from 0.")
+    names = getattr(data.features[label_column], "names", None)
+    data = data.select_columns([image_column, label_column]).rename_columns(
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    )
+    return data.cast_column("image", datasets.Image(decode=False)), names
+
+
+def read_image(value: dict) -> PIL.Image.Image:
+    """Decodes a row's undecoded image.
+
+    Raises:
+        ValueError: for more than 8 bits a channel, which PIL would clip; damaged files raise the decoder's own errors.
+    """
+    image = datasets.Image().decode_example(value)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise ValueError(f"its mode is {image.mode}, convert it to 8 bits a channel")
+    return image
+
+
+def _inspect(value: dict) -> dict:
+    try:
+        return {"problem": "", "is_gray": read_image(value).mode in ("1", "L", "LA")}
+    except Exception as error:  # whatever a decoder raises, the picture cannot be used
+        return {"problem": f"{value['path'] or 'an unnamed image'} ({error})", "is_gray": True}
+
+
+def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Dataset:
+    """Decodes every image once, with a progress bar.
+
+    `datasets` caches the outcome, so the same files are not decoded again by the next run.
+
+    Args:
+        data (`datasets.Dataset`): of [`load_labelled_images`].
+        num_proc (`int`): processes beside this one.
+
+    Returns:
+        `datasets.Dataset`: a row for each image, of columns `problem`, empty for a good image, and `is_gray`.
+    """
+    # The cache of a dataset that was read by `load_from_disk` would lie in the user's own folder.
+    from_disk = any(_is_saved_dataset(Path(file["filename"]).parent) for file in data.cache_files)
+    return data.map(
+        _inspect,
+        input_columns=["image"],
+        remove_columns=data.column_names,
+        num_proc=min(num_proc, len(data)) or None,
+        keep_in_memory=from_disk,
+        desc="Checking images",
+    )
+
+
+def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """ADM's centre crop to a square (Dhariwal & Nichol 2021, arXiv 2105.05233).
+
+    The shorter side is halved by a box filter while it is at least twice `size`, then brought to it by a bicubic one.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), PIL.Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def collate_images(rows: list[dict], size: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of a `DataLoader` over [`load_labelled_images`].
+
+    Args:
+        rows (`list` of `dict`): rows of the dataset.
+        size (`int`): side of the images.
+        channels (`int`): 3 for colours, 1 for grayscale.
+
+    Returns:
+        images, `(batch, channels, size, size)` in bytes, to be brought to [-1, 1] where the model is, and labels,
+        `(batch,)`.
+    """
+    mode = {1: "L", 3: "RGB"}[channels]
+    images = np.stack([np.asarray(center_crop(read_image(row["image"]).convert(mode), size)) for row in rows])
+    pixels = torch.from_numpy(images).view(len(rows), size, size, channels).permute(0, 3, 1, 2)
+    return pixels, torch.tensor([row["label"] for row in rows])
