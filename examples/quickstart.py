@@ -34,7 +34,7 @@ NUM_STAGES = 3
 
 
 def build_models() -> tuple[DoDTransformer2DModel, DoDLatentEmbedder]:
-    """A 0.6 M parameter backbone on 7x7 tokens and an embedder whose bottleneck is 4x4 numbers."""
+    """A 0.8 M parameter backbone on 7x7 tokens and an embedder whose bottleneck is 4x4 numbers."""
     transformer = DoDTransformer2DModel(
         sample_size=28,
         patch_size=4,
@@ -43,6 +43,7 @@ def build_models() -> tuple[DoDTransformer2DModel, DoDLatentEmbedder]:
         num_attention_heads=3,
         attention_head_dim=32,
         num_classes=10,
+        adaln_rank=96,
         prediction_type="flow",
     )
     # With 0.02, made for a million steps, a thousand steps do not learn the classes.
