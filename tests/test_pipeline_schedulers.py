@@ -202,7 +202,7 @@ def test_learned_variance_is_used_by_ddpm():
         return diffusers.DDPMScheduler(variance_type="learned_range")
 
     pipe = learned_variance_pipeline(make())
-    ids, null = torch.tensor([1, 2]), torch.tensor([5, 5])
+    ids, null = torch.tensor([1, 2]), torch.full((2,), pipe.transformer.config.num_classes)
     arguments = {"num_stages": 1, "num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.0, 1.0)}
     sample = pipe([1, 2], **arguments, generator=torch.Generator().manual_seed(0), output_type="latent").images
 
