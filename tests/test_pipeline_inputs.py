@@ -152,3 +152,13 @@ def test_components_that_do_not_fit_are_refused(components, message):
     built = {"transformer": tiny_transformer(), "latent_embedder": tiny_embedder()}
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(**built | {name: build[name](**config) for name, config in components.items()})
+
+
+def test_size_that_only_the_embedder_cannot_cut_is_refused_before_stage_1():
+    pipe = tiny_pipeline(latent_embedder=tiny_embedder(patch_size=4, output_patch_size=2))
+    steps = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        pipe(0, height=10, width=8, num_inference_steps=1)
+    assert not steps
+    pipe(0, height=10, width=8, num_stages=1, num_inference_steps=1)

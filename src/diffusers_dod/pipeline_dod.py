@@ -256,7 +256,10 @@ class DoDPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be passed."
             )
 
-        multiple = self.spatial_factor * self.transformer.config.patch_size
+        patch_size = self.transformer.config.patch_size
+        if num_stages > 1:  # or a size that only the embedder cannot cut would fail after stage 1
+            patch_size = math.lcm(patch_size, self.latent_embedder.config.patch_size)
+        multiple = self.spatial_factor * patch_size
         if height < 1 or width < 1 or height % multiple or width % multiple:
             raise ValueError(
                 f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
