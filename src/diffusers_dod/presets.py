@@ -1,0 +1,38 @@
+"""The model sizes that papers compare, as constructor arguments.
+
+B, XL and 3B are FiTv2's backbones (Wang et al. 2024, arXiv 2410.13925); XL is that of DoD-XL. S and L are ours: DiT's
+widths (Peebles & Xie 2022, arXiv 2212.09748) with FiTv2's ratio of depths. The embedders are ours too.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Preset(NamedTuple):
+    """Arguments of [`DoDTransformer2DModel`] and of the [`DoDLatentEmbedder`] that fits it, latents aside."""
+
+    transformer: dict[str, Any]
+    latent_embedder: dict[str, Any]
+
+
+def _preset(
+    layers: int, heads: int, head_dim: int, embedder_layers: int, embedder_heads: int, embedder_head_dim: int
+) -> Preset:
+    return Preset(
+        transformer={"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim},
+        latent_embedder={
+            "num_encoder_layers": embedder_layers,
+            "num_decoder_layers": embedder_layers,
+            "num_attention_heads": embedder_heads,
+            "attention_head_dim": embedder_head_dim,
+            "output_dim": heads * head_dim,
+        },
+    )
+
+
+PRESETS = {
+    "S": _preset(15, 6, 64, 2, 6, 32),
+    "B": _preset(15, 12, 64, 4, 8, 32),
+    "L": _preset(30, 16, 64, 4, 16, 24),
+    "XL": _preset(36, 16, 72, 4, 16, 24),
+    "3B": _preset(40, 24, 96, 4, 24, 32),
+}
