@@ -1,11 +1,15 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
 import difflib
+import importlib.util
 import inspect
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -13,13 +17,20 @@ import PIL.Image
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoding import decode_latents, encode_images, vae_latent_channels, vae_spatial_factor
-from .latent_embedder_dod import DoDLatentEmbedder
-from .transformer_dod import DoDTransformer2DModel
+from .repository import (
+    INDEX_NAME,
+    carried_code,
+    check_weights,
+    download_snapshot,
+    index_with_code,
+    resolve_index,
+)
 
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
@@ -37,7 +48,8 @@ class DoDPipelineOutput(BaseOutput):
     stages: list[list[PIL.Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
-class DoDPipeline(DiffusionPipeline):
+# The Sana mixin is the plainest of diffusers' LoRA loaders: a transformer's adapters and nothing model-specific.
+class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
 
     Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
@@ -58,8 +70,9 @@ class DoDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DoDTransformer2DModel,
-        latent_embedder: DoDLatentEmbedder,
+        # Not the models' own classes: a repository's code for the pipeline is one file, and theirs are others.
+        transformer: ModelMixin,
+        latent_embedder: ModelMixin,
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045
@@ -106,6 +119,78 @@ class DoDPipeline(DiffusionPipeline):
                 f"The VAE's latents have {vae_latent_channels(vae)} channels but the transformer takes "
                 f"{transformer_config.in_channels}: load the VAE that the transformer was trained on."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DoDPipeline":
+        """Loads a pipeline from a folder or from the Hub; code that it carries is neither needed nor run.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
+            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `torch_dtype`, `variant`, `revision`, `token`, ...
+
+        Raises:
+            ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
+        """
+        source = str(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
+        if kwargs.setdefault("use_safetensors", True):
+            check_weights(folder, set(kwargs), source)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=source)
+        return pipeline
+
+    # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
+    # package that does not; overriding it and `load_config` changes nothing outside this class.
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Downloads what `from_pretrained` reads of a repository, without its code; returns the folder."""
+        options = {
+            name: kwargs[name]
+            for name in ("variant", "revision", "cache_dir", "token", "force_download", "local_files_only")
+            if kwargs.get(name) is not None
+        }
+        return download_snapshot(pretrained_model_name, passed_components=set(kwargs), **options)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict[str, Any] | tuple:
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        classes = [base.__name__ for base in cls.__mro__]
+        config = resolve_index(config, classes, __name__.rpartition(".")[0], str(pretrained_model_name_or_path))
+        return (config, *rest) if rest else config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Saves the pipeline and its code, so that it also loads with diffusers alone and `trust_remote_code=True`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder, made if need be.
+            push_to_hub (`bool`, defaults to `False`): whether to push as well, see [`push_to_hub`].
+            kwargs: `variant`, `max_shard_size`, ... of [`DiffusionPipeline.save_pretrained`], or of the push.
+        """
+        weights = kwargs
+        if push_to_hub:
+            weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
+        super().save_pretrained(save_directory, **weights)
+        if type(self) is DoDPipeline:  # the code of a subclass may be anything, such as the user's whole script
+            for path, text in carried_code(__file__).items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
+            index_file = Path(save_directory, INDEX_NAME)
+            index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
+            index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
+
+        Args:
+            repo_id (`str`): repository, made if need be.
+            kwargs: arguments of [`diffusers_dod.hub.push_folder`], such as `license`, `private`, `variant`, `token`.
+        """
+        if importlib.util.find_spec("diffusers_dod") is None:  # this file is a repository's code: no card then
+            return super().push_to_hub(repo_id, **kwargs)
+        return importlib.import_module("diffusers_dod.hub").push_pipeline(self, repo_id, **kwargs)
 
     # Properties that a callback may read; it changes guidance by setting `_guidance_scale` and
     # `_prior_guidance_scale`, and stops by setting `_interrupt`.

@@ -1,5 +1,6 @@
 """The DoD backbone: a class-conditional diffusion transformer that may also see prior tokens."""
 
+import diffusers.loaders.peft as diffusers_peft
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ from .layers import (
     patchify,
     rotary_embedding_2d,
     unpatchify,
+)
+
+
+# `set_adapters` of some diffusers releases (0.36, 0.37) knows the models of this table only; others need no entry.
+getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
+    "DoDTransformer2DModel", lambda model, weights: weights
 )
 
 

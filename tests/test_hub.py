@@ -1,0 +1,364 @@
+"""Pushing and downloading, with the real client in processes of their own against a small Hub on 127.0.0.1."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+
+import diffusers_dod
+from diffusers_dod.hub import check_folder, main
+
+
+SOURCE = str(Path(diffusers_dod.__file__).parents[1])
+SAMPLE = """
+import numpy, torch
+def sample(pipe, **arguments):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # other sums with others
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 1.5} | arguments
+    images = pipe([3, 1], generator=torch.Generator().manual_seed(0), **arguments).images
+    torch.set_num_threads(threads)
+    return images
+"""
+# What a user without this package has; the tests run with it installed.
+WITHOUT_PACKAGE = f"""
+import importlib.util, sys
+sys.path = [path for path in sys.path if path not in ({SOURCE!r}, "")]
+assert importlib.util.find_spec("diffusers_dod") is None
+"""
+
+
+def start(hub, home, arguments, **environment):
+    variables = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {"PYTHONPATH": SOURCE, "no_proxy": "127.0.0.1"} | environment
+    variables.pop("HF_HUB_OFFLINE", None) if "HF_HUB_OFFLINE" not in environment else None
+    return subprocess.run([sys.executable, *map(str, arguments)], env=variables, capture_output=True, text=True)
+
+
+def run_code(hub, home, code, **environment):
+    """Runs `code` with an empty or a used cache in `home`; returns the process, which must have ended well."""
+    done = start(hub, home, ["-c", SAMPLE + textwrap.dedent(code)], **environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def push(hub, home, *arguments, **environment):
+    return start(hub, home, ["-m", "diffusers_dod.hub", "push", *arguments], **environment)
+
+
+def sample_here(pipe):
+    """`SAMPLE` in this process."""
+    scope = {}
+    exec(SAMPLE, scope)
+    return scope["sample"](pipe)
+
+
+def three_million_parameters():
+    transformer = tiny_transformer(num_layers=5, num_attention_heads=6, attention_head_dim=32)
+    embedder = tiny_embedder(output_dim=192)
+    names = {0: "tench, Tinca tinca", 3: "Hüpfball"}
+    return tiny_pipeline(vae=tiny_vae("kl"), transformer=transformer, latent_embedder=embedder, id2label=names)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """A folder that was pushed to user/model, and its images for seed 0."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe = three_million_parameters()
+    pipe.save_pretrained(folder)
+    (folder / "training_config.json").write_text(
+        json.dumps({"learning_rate": 1e-4, "prior_drop": 0.5, "train_data_dir": "/home/me/secret", "seed": 0})
+    )
+    (folder / "evaluation.json").write_text(
+        json.dumps(
+            {"reference": "mnist", "num_samples": 50, "extractor": "a small CNN"}
+            | {"results": [{"metric": "fid", "name": "FID (a small CNN)", "value": 12.5, "stage": 2}]}
+        )
+    )
+    hub.cut_upload = True
+    done = push(hub, tmp_path_factory.mktemp("home"), folder, "user/model", "--license", "mit", "--variant", "fp16")
+    assert done.returncode == 0, done.stderr
+    assert not hub.cut_upload
+    return folder, sample_here(pipe)
+
+
+def test_push_is_one_commit_that_passes_the_check(hub, pushed, capsys):
+    folder, _ = pushed
+    assert len(hub.repositories["user/model"].commits) == 2  # the empty repository's and the push's
+    files = hub.files("user/model")
+    assert {"README.md", "model_index.json", "pipeline.py", "transformer/transformer_dod.py"} <= set(files)
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in files
+    assert not any(b"/home/me" in content or str(folder).encode() in content for content in files.values())
+    assert main(["check", str(folder), "--license", "mit"]) == 0, capsys.readouterr().out
+    parameters = sum(p.numel() for p in three_million_parameters().transformer.parameters())
+    assert 2.9e6 < parameters < 3.3e6
+
+
+def test_dry_run_asks_the_hub_nothing(hub, pushed, capsys):
+    folder, _ = pushed
+    requests = len(hub.requests)
+    assert main(["push", str(folder), "user/never", "--license", "mit", "--dry-run"]) == 0
+    size = (folder / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert f"{size:,}  transformer/diffusion_pytorch_model.safetensors" in capsys.readouterr().out
+    assert len(hub.requests) == requests
+
+
+def test_machine_with_the_package_gets_the_same_images(hub, pushed, tmp_path):
+    hub.cut_download = True
+    code = f"""
+        from diffusers_dod import DoDPipeline
+        pipe = DoDPipeline.from_pretrained("user/model")
+        assert pipe.get_label_ids('Tinca tinca') == [0]
+        numpy.save({str(tmp_path / "images.npy")!r}, sample(pipe))
+    """
+    done = run_code(hub, tmp_path / "home", code)
+    assert not hub.cut_download
+    assert np.array_equal(np.load(tmp_path / "images.npy"), pushed[1])
+    assert "not expected" not in done.stderr
+
+
+def test_machine_without_the_package_gets_the_same_images(hub, pushed, tmp_path):
+    """Refused without trust; with it loaded, saved, loaded again, and then loaded by the package."""
+    folder, images = pushed
+    hub.cut_download = True
+    numpy_file, again = str(tmp_path / "images.npy"), str(tmp_path / "again")
+    np.save(numpy_file, images)
+    code = f"""
+        import sys
+        from diffusers import DiffusionPipeline
+        try:
+            DiffusionPipeline.from_pretrained("user/model")
+            raise SystemExit("it was loaded without trust")
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        assert not any("diffusers_modules" in name for name in sys.modules)
+        pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
+        assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+        assert pipe.get_label_ids('Tinca tinca') == [0]
+        pipe.save_pretrained({again!r})
+        pipe = DiffusionPipeline.from_pretrained({again!r}, trust_remote_code=True)
+        assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+        # The pipeline's own class loads, too.
+        pipe = type(pipe).from_pretrained({again!r})
+        assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+    """
+    done = run_code(hub, tmp_path / "home", WITHOUT_PACKAGE + textwrap.dedent(code))
+    assert not hub.cut_download
+    assert "Expected types" not in done.stderr and "not expected" not in done.stderr
+    for path in ("pipeline.py", "transformer/transformer_dod.py", "latent_embedder/latent_embedder_dod.py"):
+        assert Path(again, path).read_text() == Path(folder, path).read_text()
+    assert np.array_equal(sample_here(diffusers_dod.DoDPipeline.from_pretrained(again)), images)
+
+
+def test_ways_of_loading_with_the_package(hub, pushed, tmp_path):
+    """Revision, variant, dtypes, single models, cache only, and saving again what was loaded."""
+    folder, images = pushed
+    sharded = tmp_path / "sharded"
+    diffusers_dod.DoDPipeline.from_pretrained(folder).save_pretrained(sharded, max_shard_size="2MB")
+    assert list(sharded.glob("transformer/*-00002-of-*.safetensors"))
+    numpy_file = str(tmp_path / "images.npy")
+    np.save(numpy_file, images)
+    code = f"""
+        import glob, os
+        from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+        from diffusers_dod.hub import push_folder
+        expected = numpy.load({numpy_file!r})
+
+        def cached(pattern):
+            return glob.glob(os.path.join(os.environ["HF_HOME"], "hub/*/snapshots/*", pattern))
+
+        half = DoDPipeline.from_pretrained("user/model", variant="fp16", torch_dtype=torch.float16)
+        assert {{p.dtype for p in half.transformer.parameters()}} == {{torch.float16}}
+        assert cached("transformer/*.fp16.safetensors") and not cached("transformer/diffusion_pytorch_model.safetensors")
+        assert not cached("*.py") and not cached("*/*.py")
+
+        dtypes = {{"transformer": torch.bfloat16, "default": torch.float32}}
+        mixed = DoDPipeline.from_pretrained("user/model", torch_dtype=dtypes)
+        assert mixed.transformer.dtype == torch.bfloat16 and mixed.latent_embedder.dtype == torch.float32
+
+        push_folder({str(sharded)!r}, "user/sharded", license="mit", revision="v2")
+        pipe = DoDPipeline.from_pretrained("user/sharded", revision="v2")
+        assert numpy.array_equal(sample(pipe), expected)
+        pipe = DoDPipeline.from_pretrained("user/sharded", revision="v2", local_files_only=True)
+        assert numpy.array_equal(sample(pipe), expected)
+
+        transformer = DoDTransformer2DModel.from_pretrained("user/model", subfolder="transformer")
+        embedder = DoDLatentEmbedder.from_pretrained("user/sharded", subfolder="latent_embedder", revision="v2")
+        pipe = DoDPipeline.from_pretrained("user/model", transformer=transformer, latent_embedder=embedder)
+        assert pipe.transformer is transformer and numpy.array_equal(sample(pipe), expected)
+
+        for number in range(2):
+            target = os.path.join(os.environ["HF_HOME"], f"again{{number}}")
+            pipe.save_pretrained(target)
+            pipe = DoDPipeline.from_pretrained(target)
+            assert numpy.array_equal(sample(pipe), expected)
+        assert pipe.get_label_ids("Hüpfball") == [3]
+    """
+    run_code(hub, tmp_path / "home", code)
+    assert hub.files("user/sharded", "main") == {}  # the branch has it, `main` is as it was
+    offline = f"""
+        from diffusers_dod import DoDPipeline
+        pipe = DoDPipeline.from_pretrained("user/model")
+        assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+    """
+    requests = len(hub.requests)
+    run_code(hub, tmp_path / "home", offline, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == requests
+
+
+def test_card_of_the_push(hub, pushed, tmp_path):
+    """Its head is what the Hub's parser takes, and its snippets run as they stand."""
+    card = ModelCard(hub.files("user/model")["README.md"].decode())
+    assert (card.data.license, card.data.library_name) == ("mit", "diffusers")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value, result.dataset_name) == ("FID (a small CNN)", 12.5, "mnist")
+    assert result.metric_args == {"num_samples": 50, "extractor": "a small CNN", "stage": 2}
+    assert "| learning_rate | 0.0001 |" in card.text and "secret" not in card.text
+    with_package, without_package = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    image = """
+import os
+size = os.path.getsize("sample.png")
+os.remove("sample.png")
+"""
+    code = f"import os\nos.chdir({str(tmp_path)!r})\n{WITHOUT_PACKAGE}\n{without_package}{image}"
+    code += f"sys.path.insert(0, {SOURCE!r})\n{with_package}{image}"
+    run_code(hub, tmp_path / "home", code)
+
+
+def test_push_that_breaks_leaves_nothing_and_the_next_one_goes_on(hub, tmp_path):
+    folder = tmp_path / "pipeline"
+    tiny_pipeline(transformer=tiny_transformer(num_classes=3), vae=tiny_vae("kl")).save_pretrained(folder)
+    hub.fail_uploads, hub.fail_commit, first = 1, True, len(hub.requests)
+    code = f"""
+        from diffusers_dod import DoDPipeline
+        from diffusers_dod.hub import main
+        push = ["push", {str(folder)!r}, "user/broken", "--license", "mit", "--private"]
+        assert [main(push), main(push), main(push)] == [1, 1, 0]
+        try:
+            DoDPipeline.from_pretrained("user/broken", token=False)
+            raise SystemExit("a private repository was loaded without a token")
+        except OSError as error:
+            assert "401" in str(error), error
+        assert DoDPipeline.from_pretrained("user/broken").transformer.config.num_classes == 3
+    """
+    done = run_code(hub, tmp_path / "home", code)
+    assert "403" in done.stderr and "500" in done.stderr
+    repository = hub.repositories["user/broken"]
+    assert repository.private and len(repository.commits) == 2  # the empty one and the third push's
+    attempts = " ".join(hub.requests[first:]).split("POST /api/repos/create")[1:]
+    sent = [re.findall(r"PUT /lfs-upload/(\w+)", attempt) for attempt in attempts]
+    # What arrived by the first attempt is not sent by the second, and nothing at all by the third.
+    assert len(sent[0]) == 3 and len(sent[1]) == 1 and sent[1][0] in sent[0] and sent[2] == []
+    done = push(hub, tmp_path, folder, "user/broken", "--license", "mit", HF_TOKEN="hf_wrong")
+    assert done.returncode == 1 and "401" in done.stderr
+
+
+def test_second_push_replaces_the_first(hub, pushed, tmp_path):
+    """Weights and code of an earlier push go with the same commit, a stranger's file stays; a pull request leaves `main`."""
+    folder, _ = pushed
+    hub.put("user/replaced", {"notes.txt": b"mine", "transformer/diffusion_pytorch_model.bf16.safetensors": b"old"})
+    hub.put("user/replaced", {"pipeline.py": b"old", "vae/diffusion_pytorch_model.safetensors": b"old"})
+    before = hub.files("user/replaced")
+    code = f"""
+        from diffusers_dod import DoDPipeline
+        from diffusers_dod.hub import main
+        main(["push", {str(folder)!r}, "user/replaced", "--license", "mit", "--create-pr", "--no-code"])
+        DoDPipeline.from_pretrained("user/replaced", revision="refs/pr/1")
+    """
+    done = run_code(hub, tmp_path / "home", code)
+    assert "discussions/1" in done.stdout
+    assert hub.files("user/replaced") == before
+    proposed = hub.files("user/replaced", "refs/pr/1")
+    assert proposed["notes.txt"] == b"mine"
+    assert not any(path.endswith(".py") or ".bf16." in path for path in proposed)
+    assert "trust_remote_code" not in proposed["README.md"].decode()
+    assert json.loads(proposed["model_index.json"])["_class_name"] == "DoDPipeline"
+
+
+EVIL = "open({marker!r}, 'w').write('it was run')\n"
+
+
+def evil_repositories(folder, marker):
+    """Three repositories that want to run code: their files by name, and what the refusal must say."""
+    tiny_pipeline().save_pretrained(folder)
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    index = json.loads(files["model_index.json"])
+    evil = EVIL.format(marker=marker).encode()
+
+    class Pickled:
+        def __reduce__(self):
+            return exec, (evil.decode(),)
+
+    weights = "transformer/diffusion_pytorch_model"
+    pickled = {name: content for name, content in files.items() if not name.startswith(weights)}
+    pickled |= {f"{weights}.bin": pickle.dumps({"proj_out.weight": Pickled()})}
+    foreign = json.dumps({**index, "scheduler": ["evil", "EvilScheduler"]}).encode()
+    stranger = json.dumps({**index, "_class_name": ["pipeline", "EvilPipeline"]}).encode()
+    return {
+        "pickled": (pickled, "no safetensors weights for `transformer`"),
+        "foreign": ({**files, "model_index.json": foreign, "scheduler/evil.py": evil, "evil.py": evil}, "import evil"),
+        "stranger": ({**files, "model_index.json": stranger, "pipeline.py": evil}, "trust_remote_code=True"),
+    }
+
+
+def test_repositories_that_want_to_run_code(hub, tmp_path):
+    marker = str(tmp_path / "marker")
+    expected = {}
+    for name, (files, message) in evil_repositories(tmp_path / "good", marker).items():
+        hub.put(f"user/{name}", files)
+        for path, content in files.items():
+            target = tmp_path / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        expected |= {f"user/{name}": message, str(tmp_path / name): message}
+        assert check_folder(tmp_path / name, "mit"), name
+    # The same code is no hindrance where the class is ours: it is not even downloaded.
+    files = evil_repositories(tmp_path / "good", marker)["stranger"][0]
+    files["model_index.json"] = files["model_index.json"].replace(b"EvilPipeline", b"DoDPipeline")
+    files["transformer/transformer_dod.py"] = EVIL.format(marker=marker).encode()
+    hub.put("user/other-code", files)
+    code = f"""
+        import os
+        from diffusers import DiffusionPipeline
+        from diffusers_dod import DoDPipeline
+        for source, message in {expected!r}.items():
+            for trust in ({{}}, {{"trust_remote_code": True}}):
+                try:
+                    DoDPipeline.from_pretrained(source, **trust)
+                    raise SystemExit(f"{{source}} was loaded")
+                except ValueError as error:
+                    assert message in str(error), error
+        DoDPipeline.from_pretrained("user/other-code")
+        try:
+            DiffusionPipeline.from_pretrained("user/other-code")
+            raise SystemExit("code was run without trust")
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        assert not os.path.exists({marker!r})
+        # The marker works: trusted code is run.
+        try:
+            DiffusionPipeline.from_pretrained("user/other-code", trust_remote_code=True)
+        except AttributeError:
+            pass
+        assert os.path.exists({marker!r})
+    """
+    run_code(hub, tmp_path / "home", code, PYTHONPATH=f"{SOURCE}{os.pathsep}{tmp_path / 'foreign'}")
