@@ -11,12 +11,16 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
 from accelerate import init_empty_weights
+from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
@@ -28,6 +32,7 @@ from .repository import INDEX_NAME, carried_code, index_with_code, resolve_index
 from .transformer_dod import DoDTransformer2DModel
 
 
+logger = logging.get_logger(__name__)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Beside the components' folders and the card, these go up where they are.
@@ -100,8 +105,8 @@ def check_folder(folder: str | Path, license: str | None = None) -> list[str]:
     card = folder / "README.md"
     try:
         card_license = ModelCard.load(card).data.license if card.is_file() else None
-    except ValueError as error:
-        problems.append(f"README.md: its head is not valid YAML ({error})")
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"README.md: its head is not valid YAML ({' '.join(str(error).split())})")
         card_license = None
     if license is None and card_license is None:
         problems.append("no licence: pass `--license`, or write `license:` into the head of README.md")
@@ -310,6 +315,47 @@ def push_pipeline(pipeline: DoDPipeline, repo_id: str, **kwargs) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
         return push_folder(folder, repo_id, **kwargs)
+
+
+class BackgroundPush:
+    """Pushes a model beside a training that goes on; a push that fails is logged and does nothing else.
+
+        push = BackgroundPush("user/model", license="mit")
+        push.submit(pipeline.save_pretrained)  # in the loop: saves now, uploads in a thread
+        push.finish(pipeline.save_pretrained)  # at the end: waits for that, then pushes the last state
+
+    Args:
+        repo_id (`str`): repository.
+        kwargs: arguments of [`push_folder`].
+    """
+
+    def __init__(self, repo_id: str, **kwargs):
+        self.repo_id, self.arguments = repo_id, kwargs
+        self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self.running: Future | None = None
+
+    def submit(self, save: Callable[[str], Any]) -> None:
+        """Saves the model by `save(folder)` and pushes the folder; does neither while an earlier push still runs."""
+        if self.running is not None and not self.running.done():
+            logger.warning(f"The push to {self.repo_id} before this one still runs, so this one is left out.")
+            return
+        scratch = tempfile.TemporaryDirectory()
+        save(scratch.name)
+        self.running = self.threads.submit(self._push, scratch)
+
+    def finish(self, save: Callable[[str], Any]) -> None:
+        """Waits for the push that runs, then pushes what `save(folder)` writes and waits for that, too."""
+        self.threads.shutdown(wait=True)
+        scratch = tempfile.TemporaryDirectory()
+        save(scratch.name)
+        self._push(scratch)
+
+    def _push(self, scratch: tempfile.TemporaryDirectory) -> None:
+        with scratch as folder:
+            try:
+                logger.info(f"Pushed: {push_folder(folder, self.repo_id, **self.arguments)}")
+            except Exception as error:  # whatever the network or the server did, the training is worth more
+                logger.warning(f"The push to {self.repo_id} failed, the training goes on: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:
