@@ -143,6 +143,8 @@ def test_machine_with_the_package_gets_the_same_images(hub, pushed, tmp_path):
     done = run_code(hub, tmp_path / "home", code)
     assert not hub.cut_download
     assert np.array_equal(np.load(tmp_path / "images.npy"), pushed[1])
+    snapshot = list((tmp_path / "home/hub").glob("*/snapshots/*"))[0]
+    assert not list(snapshot.rglob("*.py")) and not list(snapshot.rglob("*.fp16.*"))  # neither code nor a variant
     assert "not expected" not in done.stderr
 
 
