@@ -11,6 +11,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def load_tensors(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         # The training scripts of DiT, SiT and REPA save their command line along; a Namespace runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that torch did not write, which fails below or loads whole
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(
