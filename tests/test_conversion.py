@@ -38,6 +38,15 @@ def test_repa():
     assert model.config.prediction_type == "flow"
 
 
+def test_repas_first_layout():
+    """Two of the three blocks come before the projector, the third is then counted anew."""
+    original = load_original("repa")
+    renamed = {name.replace("blocks.2.", "decoder_blocks.0."): tensor for name, tensor in original.weights.items()}
+    assert "decoder_blocks.0.attn.qkv.weight" in renamed
+    state, expected = original.convert(renamed).state_dict(), original.convert().state_dict()
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+
+
 @pytest.mark.parametrize(("name", "channels"), [("dit", 4), ("dit_learned_sigma", 8)])
 @torch.no_grad()
 def test_dit(name, channels):
@@ -75,7 +84,8 @@ def test_diffusers_dit(out_channels, size):
     time, labels = torch.tensor([1, 1, 500, 500, 998, 998]), torch.tensor([1, 10, 4, 10, 7, 10])
     expected = reference(latents, time, labels).sample
     assert expected.shape[1] == (out_channels or 4)
-    assert relative_error(model(latents, time, labels).sample, expected) < 1e-5
+    # Tighter than for the others, since the wrong epsilon in the feed-forward's norm makes 2e-6.
+    assert relative_error(model(latents, time, labels).sample, expected) < 1e-6
     assert model.config.prediction_type == "epsilon"
 
 

@@ -148,6 +148,7 @@ def test_refusals(tmp_path, capsys):
     assert "exists already" in refused(capsys, "dit", path, tmp_path / "full", *heads)
     assert (tmp_path / "full/file").read_text() == "mine"
     assert "exists already" in refused(capsys, "dit", path, path, *heads)
+    assert "cannot be written" in refused(capsys, "dit", path, path / "output", *heads)
     # Folders
     assert "only diffusers-dit reads folders" in refused(capsys, "dit", tmp_path, output)
     assert "config.json is missing or no JSON" in refused(capsys, "diffusers-dit", tmp_path, output)

@@ -212,7 +212,7 @@ def refused_by_the_command(checkpoint, tmp_path, capsys, source="dit"):
     return message
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt"])
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".safetensors"])
 def test_pickle_with_code_does_not_run(suffix, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / f"model{suffix}"
     torch.save(load_original("dit").weights | {"extra": RunsWhenLoaded(marker)}, path)
@@ -250,6 +250,13 @@ def test_the_command_lists_what_is_wrong(tmp_path, capsys):
     save_file(weights, path)
     message = refused_by_the_command(path, tmp_path, capsys)
     assert str(path) in message and "missing: blocks.1.attn.proj.bias" in message
+
+
+def test_torch_file_that_is_called_safetensors(tmp_path):
+    """FiT's repository has such."""
+    torch.save(load_original("fitv2").weights, tmp_path / "model.safetensors")
+    main(["fitv2", str(tmp_path / "model.safetensors"), str(tmp_path / "output"), "--num_attention_heads", "2"])
+    assert (tmp_path / "output" / "model_index.json").is_file()
 
 
 def test_training_checkpoint_with_its_command_line(tmp_path, capsys):

@@ -124,6 +124,21 @@ def find_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tens
     return dict(checkpoint), ".".join(path) or None
 
 
+def _join_decoder_blocks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """REPA's first checkpoints count the blocks after the projector anew, as `decoder_blocks`."""
+    decoder = "decoder_blocks."
+    if not any(name.startswith(decoder) for name in tensors):
+        return tensors
+    encoder_depth = _Tensors(tensors).count_blocks("blocks")
+    joined = {}
+    for name, tensor in tensors.items():
+        if name.startswith(decoder):
+            index, rest = name.removeprefix(decoder).split(".", 1)
+            name = f"blocks.{encoder_depth + int(index)}.{rest}"
+        joined[name] = tensor
+    return joined
+
+
 def _patch_rows(tensor: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Output rows from DiT's order, channels fastest within a patch, to ours, channels slowest."""
     rows = tensor.unflatten(0, (patch_size, patch_size, -1))
@@ -373,7 +388,7 @@ def convert_checkpoint(
     if dtypes:
         notes.append(f"{' and '.join(dtypes)} weights, made float32")
 
-    tensors = _Tensors(tensors)
+    tensors = _Tensors(_join_decoder_blocks(tensors) if source == "sit" else tensors)
     if source == "diffusers-dit":
         state, config, found = _convert_diffusers_dit(tensors, num_attention_heads, in_channels)
         config["base_size"] = (32 if sample_size is None else sample_size) // config["patch_size"]

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+import zipfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def load_tensors(path: Path) -> dict:
         BadInput: if it cannot be read, or only by running its code.
     """
     try:
-        if path.suffix == ".safetensors":
+        # FiT's own loader says that some files called .safetensors were written by torch.save.
+        if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
             return load_file(path)
         # The training scripts of DiT, SiT and REPA save their command line along; a Namespace runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle that torch did not write, which fails below or loads whole
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch would believe the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(
             f"{path} is broken or holds other objects than tensors, which are not loaded because that can run code: "
@@ -129,8 +132,11 @@ def nearest_preset(width: int) -> str:
 
 def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
     """Saves under another name first, so that `output` is whole or absent."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise BadInput(f"{output} cannot be written: {error}.") from error
     try:
         pipeline.save_pretrained(partial)
         partial.chmod(0o755)  # mkdtemp's is for its owner only
@@ -207,7 +213,7 @@ def convert(args: argparse.Namespace) -> None:
     embedder, scheduler, vae = make_embedder(transformer, preset), make_scheduler(transformer), None
     if args.vae is not None:
         try:
-            vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder, torch_dtype=torch.float32)
+            vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder)
         except Exception as error:  # missing, private, offline, another class: the libraries raise many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadInput(f"{args.vae} cannot be loaded as an autoencoder: {reason}") from error
