@@ -219,7 +219,8 @@ def test_pickle_with_code_does_not_run(suffix, tmp_path, capsys):
     message = refused_by_the_command(path, tmp_path, capsys)
     assert "other objects than tensors" in message and "safetensors" in message
     assert not marker.exists()
-    torch.load(path, weights_only=False)  # it would have
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False)  # it would have
     assert marker.exists()
 
 
