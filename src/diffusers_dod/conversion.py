@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checkpoint_tensors import CheckpointTensors, find_state_dict
 from .layers import sincos_embedding_2d
 from .transformer_dod import DoDTransformer2DModel
 
@@ -36,100 +37,12 @@ class ConvertedBackbone(NamedTuple):
     notes: list[str]
 
 
-class _Tensors:
-    """The tensors of a checkpoint, each to be taken once with the shape it must have; collects what is wrong."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.left = dict(tensors)
-        self.missing: list[str] = []
-        self.misshapen: list[str] = []
-
-    def shape(self, name: str, ndim: int) -> torch.Size:
-        """Shape of a tensor that the model's size is read off."""
-        if name not in self.left:
-            raise ValueError(f"the checkpoint has no tensor {name}, so it is of another source or incomplete.")
-        shape = self.left[name].shape
-        if len(shape) != ndim:
-            raise ValueError(f"{name} is {tuple(shape)} but must have {ndim} dimensions.")
-        return shape
-
-    def count_blocks(self, prefix: str) -> int:
-        indices = {name.split(".")[1] for name in self.left if name.startswith(f"{prefix}.")}
-        return 1 + max((int(index) for index in indices if index.isdigit()), default=-1)
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """A float32 copy; where the tensor is missing or misshapen, a placeholder that only has the shape."""
-        tensor = self.left.pop(name, None)
-        if tensor is None:
-            self.missing.append(name)
-        elif tensor.shape != shape:
-            self.misshapen.append(f"{name} is {tuple(tensor.shape)}, not {shape}")
-        else:
-            return tensor.detach().to("cpu", torch.float32, copy=True)
-        return torch.empty(shape, device="meta")
-
-    def take_linear(self, source: str, rows: int, columns: int, target: str) -> dict[str, torch.Tensor]:
-        return {
-            f"{target}.weight": self.take(f"{source}.weight", rows, columns),
-            f"{target}.bias": self.take(f"{source}.bias", rows),
-        }
-
-    def check(self, description: str) -> None:
-        """Raises a ValueError that lists all that was missing, misshapen or never taken."""
-        problems = [
-            f"{what}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            for what, names in (
-                ("missing", self.missing),
-                ("left over", list(self.left)),
-                ("of the wrong shape", self.misshapen),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError(f"the checkpoint was read as {description}, but it has tensors {'; '.join(problems)}.")
-
-
-def find_state_dict(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The state dict within a checkpoint of a training run.
-
-    Args:
-        checkpoint (`dict`):
-            A state dict, or a dict that holds one under `"ema"` (preferred, the weights to sample with), `"model"` or
-            `"state_dict"`, however deep.
-
-    Returns:
-        the state dict and the keys that led there, joined by dots (`None` if it was not nested).
-
-    Raises:
-        ValueError: if there is anything but finite tensors in it.
-    """
-    path = []
-    while isinstance(checkpoint, Mapping):
-        key = next((key for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
-        if key is None:
-            break
-        checkpoint = checkpoint[key]
-        path.append(key)
-    if not isinstance(checkpoint, Mapping) or not checkpoint:
-        raise ValueError("the checkpoint holds no state dict.")
-    others = [
-        str(name) for name, value in checkpoint.items() if not torch.is_tensor(value) or not value.is_floating_point()
-    ]
-    if others:
-        raise ValueError(f"the checkpoint holds other things than floating-point tensors: {', '.join(others[:10])}.")
-    # As float32, because float8 has no `isfinite`
-    broken = [name for name, tensor in checkpoint.items() if not torch.isfinite(tensor.float()).all()]
-    if broken:
-        raise ValueError(f"the checkpoint has NaN or infinite values in {', '.join(broken[:10])}.")
-    return dict(checkpoint), ".".join(path) or None
-
-
 def _join_decoder_blocks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """REPA's first checkpoints count the blocks after the projector anew, as `decoder_blocks`."""
     decoder = "decoder_blocks."
     if not any(name.startswith(decoder) for name in tensors):
         return tensors
-    encoder_depth = _Tensors(tensors).count_blocks("blocks")
+    encoder_depth = CheckpointTensors(tensors).count_blocks("blocks")
     joined = {}
     for name, tensor in tensors.items():
         if name.startswith(decoder):
@@ -184,7 +97,7 @@ def _heads(width: int, num_attention_heads: int | None, has_rope: bool) -> dict[
     return {"num_attention_heads": num_attention_heads, "attention_head_dim": width // num_attention_heads}
 
 
-def _take_embeddings(tensors: _Tensors, time: tuple[str, str], classes: str, width: int, rows: int) -> dict:
+def _take_embeddings(tensors: CheckpointTensors, time: tuple[str, str], classes: str, width: int, rows: int) -> dict:
     return {
         **tensors.take_linear(time[0], width, 256, "time_embed.linear_1"),
         **tensors.take_linear(time[1], width, width, "time_embed.linear_2"),
@@ -192,7 +105,7 @@ def _take_embeddings(tensors: _Tensors, time: tuple[str, str], classes: str, wid
     }
 
 
-def _read_position_table(tensors: _Tensors, width: int) -> int:
+def _read_position_table(tensors: CheckpointTensors, width: int) -> int:
     """Side of the grid of a checkpoint's fixed sine-cosine table."""
     side = math.isqrt(tensors.shape("pos_embed", 3)[1])
     precision = torch.finfo(tensors.left["pos_embed"].dtype).eps
@@ -208,7 +121,7 @@ def _read_position_table(tensors: _Tensors, width: int) -> int:
 
 
 def _convert_original(
-    tensors: _Tensors, source: str, num_attention_heads: int | None, in_channels: int
+    tensors: CheckpointTensors, source: str, num_attention_heads: int | None, in_channels: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
     """SiT, REPA, DiT and FiTv2, which share the names of their tensors."""
     state, notes = {}, []
@@ -307,7 +220,7 @@ def _convert_original(
 
 
 def _convert_diffusers_dit(
-    tensors: _Tensors, num_attention_heads: int | None, in_channels: int
+    tensors: CheckpointTensors, num_attention_heads: int | None, in_channels: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
     """diffusers' `DiTTransformer2DModel`, where every block holds a copy of the timestep and class embedding."""
     # 1. Sizes
@@ -388,7 +301,7 @@ def convert_checkpoint(
     if dtypes:
         notes.append(f"{' and '.join(dtypes)} weights, made float32")
 
-    tensors = _Tensors(_join_decoder_blocks(tensors) if source == "sit" else tensors)
+    tensors = CheckpointTensors(_join_decoder_blocks(tensors) if source == "sit" else tensors)
     if source == "diffusers-dit":
         state, config, found = _convert_diffusers_dit(tensors, num_attention_heads, in_channels)
         config["base_size"] = (32 if sample_size is None else sample_size) // config["patch_size"]
