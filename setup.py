@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_dod": ["*.md"]},
+    package_data={"diffusers_dod": ["*.md", "*.txt"]},
     install_requires=[
         "torch>=2.6.0",
         "diffusers>=0.36.0",

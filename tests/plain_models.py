@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 
-def _normalize(x: torch.Tensor) -> torch.Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+def _normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
 
 
 def _linear(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -36,20 +36,44 @@ def _rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rotations).flatten(-2)
 
 
-def _attention(state: dict, name: str, x: torch.Tensor, heads: int, rotations: torch.Tensor) -> torch.Tensor:
+def _positions(rows: int, columns: int, dim: int, base_size: int) -> torch.Tensor:
+    """Sine-cosine positions, `(rows * columns, dim)`: sines and cosines of the column, then those of the row."""
+    table = torch.zeros(rows, columns, dim)
+    quarter = dim // 4
+    for row in range(rows):
+        for column in range(columns):
+            for channel in range(dim):
+                kind, index = divmod(channel, quarter)
+                position = (column * base_size / columns, row * base_size / rows)[kind // 2]
+                angle = position * 10000 ** (-index / quarter)
+                table[row, column, channel] = math.cos(angle) if kind % 2 else math.sin(angle)
+    return table.flatten(0, 1)
+
+
+def _attention(
+    state: dict, name: str, x: torch.Tensor, heads: int, rotations: torch.Tensor | None, qk_norm: bool = True
+) -> torch.Tensor:
     query, key, value = (
         torch.stack(_linear(state, f"{name}.{part}", x).chunk(heads, dim=-1), dim=1)
         for part in ("to_q", "to_k", "to_v")
     )
-    query, key = _rotate(_normalize(query), rotations), _rotate(_normalize(key), rotations)
+    if qk_norm:
+        query, key = _normalize(query), _normalize(key)
+    if rotations is not None:
+        query, key = _rotate(query, rotations), _rotate(key, rotations)
     scores = torch.einsum("bhqc,bhkc->bhqk", query, key) / math.sqrt(query.shape[-1])
     mixed = torch.einsum("bhqk,bhkc->bqhc", scores.softmax(-1), value).flatten(2)
     return _linear(state, f"{name}.to_out.0", mixed)
 
 
-def _feed_forward(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
-    value, gate = _linear(state, f"{name}.net.0.proj", x).chunk(2, dim=-1)
-    return _linear(state, f"{name}.net.2", value * gate * torch.sigmoid(gate))
+def _feed_forward(state: dict, name: str, x: torch.Tensor, activation_fn: str = "swiglu") -> torch.Tensor:
+    hidden = _linear(state, f"{name}.net.0.proj", x)
+    if activation_fn == "swiglu":
+        value, gate = hidden.chunk(2, dim=-1)
+        hidden = value * gate * torch.sigmoid(gate)
+    else:  # GELU by tanh
+        hidden = hidden / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    return _linear(state, f"{name}.net.2", hidden)
 
 
 def _patch_embed(state: dict, x: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -74,29 +98,37 @@ def plain_transformer(config, state: dict, latents, timestep, class_labels, prio
     """What `DoDTransformer2DModel.forward` must return; timesteps are `(batch,)`."""
     patch_size, heads = config.patch_size, config.num_attention_heads
     rows, columns = latents.shape[2] // patch_size, latents.shape[3] // patch_size
-    rotations = _rotations(rows, columns, config.attention_head_dim, config.rope_theta)
-
+    rotations = None
     x = _patch_embed(state, latents, patch_size)
+    if config.pos_embed_type == "rope":
+        rotations = _rotations(rows, columns, config.attention_head_dim, config.rope_theta)
+    else:
+        x = x + _positions(rows, columns, x.shape[-1], config.base_size)
     if prior_tokens is not None:
         x = x + prior_tokens
 
     time = config.timestep_offset + config.timestep_scale * timestep
     # In float32 like the model's: at timestep 1000 a frequency's last bit is 1e-4 of an angle.
-    angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / (128 - config.freq_shift))
     time_emb = _linear(state, "time_embed.linear_1", torch.cat([angles.cos(), angles.sin()], dim=-1))
     time_emb = _linear(state, "time_embed.linear_2", time_emb * torch.sigmoid(time_emb))
     conditioning = time_emb + state["class_embed.weight"][class_labels]
     conditioning = conditioning * torch.sigmoid(conditioning)
-    shared = _linear(state, "adaln_global", conditioning)
 
     for i in range(config.num_layers):
         block = f"transformer_blocks.{i}"
-        own = _linear(state, f"{block}.adaln_up", _linear(state, f"{block}.adaln_down", conditioning))
-        modulation = (shared + own).unflatten(-1, (6, 1, -1))
+        if config.adaln_type == "full":
+            modulation = _linear(state, f"{block}.adaln", conditioning)
+        else:
+            own = _linear(state, f"{block}.adaln_up", _linear(state, f"{block}.adaln_down", conditioning))
+            modulation = _linear(state, "adaln_global", conditioning) + own
+        modulation = modulation.unflatten(-1, (6, 1, -1))
         shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 2]
-        x = x + gate * _attention(state, f"{block}.attn", _normalize(x) * (1 + scale) + shift, heads, rotations)
+        normalized = _normalize(x) * (1 + scale) + shift
+        x = x + gate * _attention(state, f"{block}.attn", normalized, heads, rotations, config.qk_norm is not None)
         shift, scale, gate = modulation[:, 3], modulation[:, 4], modulation[:, 5]
-        x = x + gate * _feed_forward(state, f"{block}.ff", _normalize(x) * (1 + scale) + shift)
+        normalized = _normalize(x, config.ff_norm_eps) * (1 + scale) + shift
+        x = x + gate * _feed_forward(state, f"{block}.ff", normalized, config.activation_fn)
 
     shift, scale = _linear(state, "adaln_out", conditioning).unflatten(-1, (2, 1, -1)).unbind(1)
     x = _normalize(x) * (1 + scale) + shift

@@ -59,6 +59,20 @@ def test_whole_models_in_one_graph_each():
 
 
 @torch.no_grad()
+def test_one_graph_with_the_switches_of_dit():
+    transformer = tiny_transformer(
+        num_layers=1,
+        pos_embed_type="sincos",
+        activation_fn="gelu-approximate",
+        qk_norm=None,
+        adaln_type="full",
+    )
+    inputs, prior_tokens = make_inputs()
+    compiled = torch.compile(transformer, fullgraph=True, backend=BACKEND)
+    torch.testing.assert_close(compiled(*inputs, prior_tokens).sample, transformer(*inputs, prior_tokens).sample)
+
+
+@torch.no_grad()
 def test_repeated_blocks_compile_once_for_all_stages():
     """With Inductor, the backend that users have."""
     transformer, embedder = tiny_transformer(num_layers=3), tiny_embedder(num_encoder_layers=2, num_decoder_layers=2)

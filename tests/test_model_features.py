@@ -24,6 +24,17 @@ def embedder_inputs(dtype=torch.float32):
 
 CASES = {
     "transformer": (tiny_transformer, transformer_inputs),
+    "transformer like DiT": (
+        lambda **overrides: tiny_transformer(
+            pos_embed_type="sincos",
+            base_size=4,
+            activation_fn="gelu-approximate",
+            qk_norm=None,
+            adaln_type="full",
+            **overrides,
+        ),
+        transformer_inputs,
+    ),
     # A coarser grid, so that the resize acts too
     "embedder": (lambda **overrides: tiny_embedder(patch_size=4, output_patch_size=2, **overrides), embedder_inputs),
 }

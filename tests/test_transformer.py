@@ -10,6 +10,16 @@ from plain_models import plain_transformer
 from diffusers_dod import DoDTransformer2DModel
 
 
+# Every switch as in DiT
+DIT = {
+    "pos_embed_type": "sincos",
+    "base_size": 4,
+    "activation_fn": "gelu-approximate",
+    "qk_norm": None,
+    "adaln_type": "full",
+}
+
+
 def make_inputs(batch=2, channels=4, height=8, width=8, num_classes=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, channels, height, width, generator=generator)
@@ -32,6 +42,12 @@ def make_prior(batch=2, tokens=16, dim=16, seed=1):
         {"patch_size": 1, "num_attention_heads": 3, "attention_head_dim": 4},
         {"out_channels": 8, "adaln_rank": 3, "mlp_ratio": 2.0, "rope_theta": 100.0},
         {"timestep_offset": 1.0, "timestep_scale": -0.001},
+        {"pos_embed_type": "sincos", "base_size": 4, "attention_head_dim": 6},
+        {"activation_fn": "gelu-approximate", "mlp_ratio": 3.0},
+        {"qk_norm": None},
+        {"adaln_type": "full"},
+        {"freq_shift": 1, "ff_norm_eps": 0.1},
+        DIT,
     ],
 )
 @pytest.mark.parametrize("size", [(8, 8), (4, 10)])
@@ -177,18 +193,24 @@ def test_prior_does_not_leak_into_rows_without_one():
 # --- how it starts
 
 
-def test_fresh_model_predicts_zero_with_and_without_prior():
-    model = DoDTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=10)
+@pytest.mark.parametrize("overrides", [{}, DIT])
+def test_fresh_model_predicts_zero_with_and_without_prior(overrides):
+    model = DoDTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=10, **overrides
+    )
     inputs = make_inputs()
     assert model(*inputs).sample.abs().max() == 0
     assert model(*inputs, encoder_hidden_states=make_prior()).sample.abs().max() == 0
 
 
-def test_initialization():
+@pytest.mark.parametrize("overrides", [{}, DIT])
+def test_initialization(overrides):
     torch.manual_seed(0)
-    model = DoDTransformer2DModel(num_layers=1, num_attention_heads=8, attention_head_dim=32, num_classes=100)
+    model = DoDTransformer2DModel(
+        num_layers=1, num_attention_heads=8, attention_head_dim=32, num_classes=100, **overrides
+    )
     parameters = dict(model.named_parameters())
-    zero = {"adaln_global", "adaln_out", "proj_out", "transformer_blocks.0.adaln_up"}
+    zero = {"adaln_global", "adaln_out", "proj_out", "transformer_blocks.0.adaln_up", "transformer_blocks.0.adaln"}
     small = {"time_embed.linear_1", "time_embed.linear_2", "class_embed"}
     for name, parameter in parameters.items():
         module, kind = name.rsplit(".", 1)
@@ -242,6 +264,17 @@ def test_head_dim_that_is_no_multiple_of_4(head_dim):
 def test_unknown_prediction_type():
     with pytest.raises(ValueError, match="prediction_type.*velocity.*'flow'"):
         tiny_transformer(prediction_type="velocity")
+
+
+@pytest.mark.parametrize("name", ["pos_embed_type", "activation_fn", "qk_norm", "adaln_type"])
+def test_unknown_switch(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 'other'; use '"):
+        tiny_transformer(**{name: "other"})
+
+
+def test_width_that_sine_cosine_positions_cannot_fill():
+    with pytest.raises(ValueError, match="width is 6.*sine-cosine.*multiple of 4"):
+        tiny_transformer(pos_embed_type="sincos", num_attention_heads=2, attention_head_dim=3)
 
 
 @pytest.mark.parametrize("prediction_type", [None, "flow", "epsilon", "v_prediction", "sample"])

@@ -1,14 +1,19 @@
 """Layers that the DoD transformer and the DoD latent embedder share.
 
 The backbone's details follow FiTv2 (Wang et al. 2024, arXiv 2410.13925, github.com/whlzy/FiT): 2D rotary positions,
-LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-rank part.
+LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-rank part. The choices of DiT (Peebles & Xie
+2022, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are there too, for models that start from their weights.
 """
 
 import torch
 import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import (
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+    get_1d_sincos_pos_embed_from_grid,
+)
 
 
 NORM_EPS = 1e-6
@@ -76,6 +81,27 @@ def rotary_embedding_2d(
     return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
 
 
+def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, device: torch.device) -> torch.Tensor:
+    """Fixed sine-cosine positions of a grid: the first half of the channels encodes the column, the second the row.
+
+    Args:
+        rows (`int`), columns (`int`): the grid of tokens.
+        dim (`int`): width of a token, a multiple of 4.
+        base_size (`int`): tokens along a side that positions are counted in; any other grid is interpolated onto it.
+        device (`torch.device`): where the table is made.
+
+    Returns:
+        `torch.Tensor`: `(rows * columns, dim)` in float32.
+    """
+    row = torch.arange(rows, device=device, dtype=torch.float32) * (base_size / rows)
+    column = torch.arange(columns, device=device, dtype=torch.float32) * (base_size / columns)
+    # Not every device has diffusers' default, float64.
+    options = {"output_type": "pt", "dtype": torch.float32}
+    row_embedding = get_1d_sincos_pos_embed_from_grid(dim // 2, row, **options).repeat_interleave(columns, dim=0)
+    column_embedding = get_1d_sincos_pos_embed_from_grid(dim // 2, column, **options).repeat(rows, 1)
+    return torch.cat([column_embedding, row_embedding], dim=-1)
+
+
 def initialize_linear_xavier(module: nn.Module) -> None:
     """Gives a linear layer Xavier-uniform weights and a zero bias; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
@@ -90,13 +116,13 @@ def swiglu_feed_forward(dim: int, mlp_ratio: float) -> FeedForward:
 
 
 class DoDAttnProcessor:
-    """Self-attention with 2D rotary positions, through diffusers' attention dispatcher."""
+    """Self-attention through diffusers' attention dispatcher, with 2D rotary positions where it is given them."""
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(
-        self, attn: "DoDAttention", hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+        self, attn: "DoDAttention", hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -107,8 +133,11 @@ class DoDAttnProcessor:
         key = key.unflatten(-1, (attn.heads, -1))
         value = value.unflatten(-1, (attn.heads, -1))
 
-        query = apply_rotary_emb(attn.norm_q(query), rotary_emb, sequence_dim=1).to(value.dtype)
-        key = apply_rotary_emb(attn.norm_k(key), rotary_emb, sequence_dim=1).to(value.dtype)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary_emb is not None:
+            query = apply_rotary_emb(query, rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, rotary_emb, sequence_dim=1)
+        query, key = query.to(value.dtype), key.to(value.dtype)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -118,26 +147,37 @@ class DoDAttnProcessor:
 
 
 class DoDAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention over `(batch, tokens, heads * dim_head)` with normalised queries and keys."""
+    """Multi-head self-attention over `(batch, tokens, heads * dim_head)`.
+
+    Args:
+        heads (`int`), dim_head (`int`): their product is the width.
+        qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
+            Norm of queries and keys: LayerNorm over a head's channels without parameters, or `None`.
+    """
 
     _default_processor_cls = DoDAttnProcessor
     _available_processors = [DoDAttnProcessor]
     is_cross_attention = False
     use_bias = True
 
-    def __init__(self, heads: int, dim_head: int):
+    def __init__(self, heads: int, dim_head: int, qk_norm: str | None = "layer_norm"):
         super().__init__()
         self.heads = heads
         dim = heads * dim_head
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.norm_q = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
-        self.norm_k = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
+        if qk_norm is None:
+            self.norm_q, self.norm_k = nn.Identity(), nn.Identity()
+        else:
+            self.norm_q = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
+            self.norm_k = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
         self.set_processor(DoDAttnProcessor())
 
-    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         return self.processor(self, hidden_states, rotary_emb)
 
 
@@ -145,39 +185,62 @@ class DoDTransformerBlock(nn.Module):
     """A block of the backbone, modulated by adaLN-zero (Peebles & Xie 2022, arXiv 2212.09748).
 
     The six modulation vectors are FiTv2's sum of a projection that all blocks share (`modulation`) and this block's own
-    low-rank one, which starts at zero.
+    low-rank one, which starts at zero; or, as in DiT, a full projection of this block's own.
 
     Args:
         num_attention_heads (`int`), attention_head_dim (`int`): their product is the width.
         mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
-        adaln_rank (`int`): rank of the block's own projection.
+        adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
+        qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].
+        activation_fn (`str`, defaults to `"swiglu"`): diffusers' name of the feed-forward's activation.
+        ff_norm_eps (`float`, defaults to 1e-6): epsilon of the norm before the feed-forward.
     """
 
-    def __init__(self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, adaln_rank: int):
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        adaln_rank: int | None,
+        qk_norm: str | None = "layer_norm",
+        activation_fn: str = "swiglu",
+        ff_norm_eps: float = NORM_EPS,
+    ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.adaln_down = nn.Linear(dim, adaln_rank)
-        self.adaln_up = nn.Linear(adaln_rank, 6 * dim)
+        if adaln_rank is None:
+            self.adaln = nn.Linear(dim, 6 * dim)
+        else:
+            self.adaln_down = nn.Linear(dim, adaln_rank)
+            self.adaln_up = nn.Linear(adaln_rank, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.attn = DoDAttention(num_attention_heads, attention_head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.ff = swiglu_feed_forward(dim, mlp_ratio)
+        self.attn = DoDAttention(num_attention_heads, attention_head_dim, qk_norm)
+        self.norm2 = nn.LayerNorm(dim, eps=ff_norm_eps, elementwise_affine=False)
+        if activation_fn == "swiglu":
+            self.ff = swiglu_feed_forward(dim, mlp_ratio)
+        else:
+            self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         conditioning: torch.Tensor,
-        modulation: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        modulation: torch.Tensor | None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor`): tokens, `(batch, tokens, width)`.
             conditioning (`torch.Tensor`): SiLU of timestep plus class embedding, `(batch, width)`.
-            modulation (`torch.Tensor`): the shared modulation, `(batch, 6 * width)`.
-            rotary_emb (`tuple` of `torch.Tensor`): tables of [`rotary_embedding_2d`].
+            modulation (`torch.Tensor`, *optional*):
+                the shared modulation, `(batch, 6 * width)`; `None` for a block with a full projection of its own.
+            rotary_emb (`tuple` of `torch.Tensor`, *optional*):
+                tables of [`rotary_embedding_2d`]; `None` where the tokens carry their positions.
         """
-        modulation = modulation + self.adaln_up(self.adaln_down(conditioning))
+        if modulation is None:
+            modulation = self.adaln(conditioning)
+        else:
+            modulation = modulation + self.adaln_up(self.adaln_down(conditioning))
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unsqueeze(1).chunk(6, dim=-1)
 
         attention_output = self.attn(self.norm1(hidden_states) * (1 + scale_attn) + shift_attn, rotary_emb)

@@ -19,6 +19,7 @@ from .layers import (
     initialize_linear_xavier,
     patchify,
     rotary_embedding_2d,
+    sincos_embedding_2d,
     unpatchify,
 )
 
@@ -30,7 +31,7 @@ getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
 
 
 class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
-    r"""Diffusion transformer of Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531), with FiTv2's backbone.
+    r"""Diffusion transformer of Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531), with FiTv2's backbone or DiT's.
 
     One set of weights serves every stage. Without prior tokens it is a class-conditional transformer (stage 1); with
     them, the tokens of [`DoDLatentEmbedder`] are added to the patch embedding of the noisy latents, which costs
@@ -48,12 +49,13 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         num_layers (`int`, defaults to 36): Blocks.
         num_attention_heads (`int`, defaults to 16): Attention heads.
         attention_head_dim (`int`, defaults to 72):
-            Channels of a head, a multiple of 4; the width is `num_attention_heads * attention_head_dim`.
+            Channels of a head, a multiple of 4 with rotary positions; the width is
+            `num_attention_heads * attention_head_dim`.
         num_classes (`int`, defaults to 1000):
             Classes. Label `num_classes` is the null class; 0 makes an unconditional model, whose only label is 0.
         mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's cut by 2/3.
         adaln_rank (`int`, *optional*):
-            Rank of each block's own modulation, a quarter of the width by default.
+            Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         timestep_scale (`float`, defaults to 1.0), timestep_offset (`float`, defaults to 0.0):
             The sinusoidal embedding reads `timestep_offset + timestep_scale * timestep`. A model whose time runs from
@@ -62,6 +64,24 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             What the output is: `"flow"` (`noise - sample`), `"epsilon"`, `"v_prediction"` or `"sample"`. It does not
             change the computation; [`DoDPipeline`] refuses a scheduler that reads the output as something else.
             `None` leaves it to the scheduler.
+        pos_embed_type (`str`, defaults to `"rope"`):
+            Positions of tokens: `"rope"` turns queries and keys (FiTv2); `"sincos"` adds a fixed table to the patch
+            embedding (DiT, SiT) and needs a width that is a multiple of 4.
+        base_size (`int`, defaults to 16):
+            Patches along a side that sine-cosine positions are counted in, those of the model's first training size;
+            any other grid is interpolated onto it, as diffusers' `PatchEmbed` does.
+        activation_fn (`str`, defaults to `"swiglu"`):
+            Activation of the feed-forward: `"swiglu"` (FiTv2) or `"gelu-approximate"` (DiT, SiT).
+        qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
+            Norm of queries and keys: `"layer_norm"`, without parameters (FiTv2), or `None` (DiT, SiT).
+        adaln_type (`str`, defaults to `"low_rank"`):
+            Modulation: `"low_rank"` is a projection that all blocks share plus one of rank `adaln_rank` in each
+            (FiTv2); `"full"` is a full projection in each block (DiT, SiT).
+        freq_shift (`int`, defaults to 0):
+            The timestep's frequencies fall from 1 to 1/10000 over `128 - freq_shift` channels: 0 in DiT, SiT and FiTv2,
+            1 in diffusers' `DiTTransformer2DModel`.
+        ff_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the norm before each feed-forward; diffusers' `DiTTransformer2DModel` has 1e-5 there.
     """
 
     _supports_gradient_checkpointing = True
@@ -86,27 +106,47 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         timestep_scale: float = 1.0,
         timestep_offset: float = 0.0,
         prediction_type: str | None = None,
+        pos_embed_type: str = "rope",
+        base_size: int = 16,
+        activation_fn: str = "swiglu",
+        qk_norm: str | None = "layer_norm",
+        adaln_type: str = "low_rank",
+        freq_shift: int = 0,
+        ff_norm_eps: float = NORM_EPS,
     ):
         super().__init__()
-        if attention_head_dim % 4:
+        for name, value, choices in (
+            ("prediction_type", prediction_type, ("flow", "epsilon", "v_prediction", "sample", None)),
+            ("pos_embed_type", pos_embed_type, ("rope", "sincos")),
+            ("activation_fn", activation_fn, ("swiglu", "gelu-approximate")),
+            ("qk_norm", qk_norm, ("layer_norm", None)),
+            ("adaln_type", adaln_type, ("low_rank", "full")),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
+        self.inner_dim = num_attention_heads * attention_head_dim
+        if pos_embed_type == "rope" and attention_head_dim % 4:
             raise ValueError(
                 f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
             )
-        if prediction_type not in (None, "flow", "epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"`prediction_type` is {prediction_type!r}; use 'flow', 'epsilon', 'v_prediction', 'sample' or None."
-            )
-        self.inner_dim = num_attention_heads * attention_head_dim
+        if pos_embed_type == "sincos" and self.inner_dim % 4:
+            raise ValueError(f"The width is {self.inner_dim}; sine-cosine positions need a multiple of 4.")
         self.out_channels = in_channels if out_channels is None else out_channels
-        adaln_rank = self.inner_dim // 4 if adaln_rank is None else adaln_rank
+        if adaln_type == "full":
+            adaln_rank = None
+        elif adaln_rank is None:
+            adaln_rank = self.inner_dim // 4
 
         self.patch_embed = nn.Linear(in_channels * patch_size**2, self.inner_dim)
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
         self.time_embed = TimestepEmbedding(256, self.inner_dim)
         self.class_embed = nn.Embedding(num_classes + 1, self.inner_dim)
-        self.adaln_global = nn.Linear(self.inner_dim, 6 * self.inner_dim)
+        if adaln_type == "low_rank":
+            self.adaln_global = nn.Linear(self.inner_dim, 6 * self.inner_dim)
         self.transformer_blocks = nn.ModuleList(
-            DoDTransformerBlock(num_attention_heads, attention_head_dim, mlp_ratio, adaln_rank)
+            DoDTransformerBlock(
+                num_attention_heads, attention_head_dim, mlp_ratio, adaln_rank, qk_norm, activation_fn, ff_norm_eps
+            )
             for _ in range(num_layers)
         )
         self.adaln_out = nn.Linear(self.inner_dim, 2 * self.inner_dim)
@@ -121,8 +161,12 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         self.apply(initialize_linear_xavier)
         for embedding in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed):
             nn.init.normal_(embedding.weight, std=0.02)
-        modulations = [block.adaln_up for block in self.transformer_blocks]
-        for linear in (*modulations, self.adaln_global, self.adaln_out, self.proj_out):
+        modulations = [self.adaln_out]
+        if self.config.adaln_type == "low_rank":
+            modulations += [self.adaln_global, *(block.adaln_up for block in self.transformer_blocks)]
+        else:
+            modulations += [block.adaln for block in self.transformer_blocks]
+        for linear in (*modulations, self.proj_out):
             nn.init.zeros_(linear.weight)
 
     def enable_cache(self, config) -> None:
@@ -167,14 +211,14 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         dtype = hidden_states.dtype
 
         # 1. Tokens and where they stand, with the prior added
+        grid, device = (height // patch_size, width // patch_size), hidden_states.device
         hidden_states = self.patch_embed(patchify(hidden_states, patch_size))
-        rotary_emb = rotary_embedding_2d(
-            height // patch_size,
-            width // patch_size,
-            self.config.attention_head_dim,
-            self.config.rope_theta,
-            hidden_states.device,
-        )
+        rotary_emb = None
+        if self.config.pos_embed_type == "rope":
+            rotary_emb = rotary_embedding_2d(*grid, self.config.attention_head_dim, self.config.rope_theta, device)
+        else:
+            positions = sincos_embedding_2d(*grid, self.inner_dim, self.config.base_size, device)
+            hidden_states = hidden_states + positions.to(hidden_states.dtype)
         if encoder_hidden_states is not None:
             if encoder_hidden_states.shape != hidden_states.shape:
                 raise ValueError(
@@ -188,7 +232,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         timestep = self.config.timestep_offset + self.config.timestep_scale * timestep
         timestep_emb = self.time_embed(self.time_proj(timestep.expand(batch)).to(dtype))
         conditioning = F.silu(timestep_emb + self.class_embed(class_labels))
-        modulation = self.adaln_global(conditioning)
+        modulation = self.adaln_global(conditioning) if self.config.adaln_type == "low_rank" else None
 
         # 3. Blocks
         for block in self.transformer_blocks:
