@@ -12,7 +12,7 @@ manifest's `shard_size`, the last one of the rest. A shard's tensors, with a row
 that of the whole file, so a shard vouches for itself before there is a manifest to list it.
 
     cache = CachedLatents("latents")
-    for batch in DataLoader(cache, batch_size=256, shuffle=True, num_workers=4, collate_fn=cache.collate):
+    for batch in DataLoader(cache, batch_size=256, shuffle=True, num_workers=4):
         flipped = torch.rand(len(batch["id"])) < 0.5 if cache.flips else None
         mean, std = select_flip(batch["mean"], flipped), select_flip(batch["std"], flipped)
         latents = sample_posterior(mean, std, torch.randn(mean.shape))
@@ -120,9 +120,8 @@ class CachedLatents(Dataset):
     """The cached latents of a folder, memory-mapped: rows are read from the disk when they are asked for.
 
     A row is a `dict` of `mean`, `std` and `features` (those that the cache has, both flips, see [`select_flip`]),
-    `label` and `id`; views of the mapped file, in the type they were stored in. A list of rows gives the same with a
-    batch dimension, which a `DataLoader` wants with `collate_fn=cache.collate`. Worker processes map the files
-    themselves.
+    `label` and `id`; views of the mapped file, in the type they were stored in. `DataLoader`'s own collation copies
+    them to a batch; its worker processes map the files themselves.
 
     Args:
         folder (`str`): what `examples/cache_latents.py` wrote. All shards are checked by size and header;
@@ -176,15 +175,6 @@ class CachedLatents(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         shard, row = self._locate(index)
         return {name: values[row] for name, values in shard.items() if not name.startswith("name_")}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        rows = [self[index] for index in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    @staticmethod
-    def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """For `DataLoader`: the batch is whole as `__getitems__` returns it."""
-        return batch
 
     @property
     def labels(self) -> torch.Tensor:
