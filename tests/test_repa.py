@@ -5,9 +5,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
-from helpers import tiny_embedder, tiny_transformer
+from helpers import process_context, tiny_embedder, tiny_transformer
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dod.repa import REPAEncoder, REPAProjector, repa_loss
@@ -217,9 +216,8 @@ def test_alignment_reaches_the_blocks_up_to_its_layer_only():
     grads = gradients(module)
     assert grads["transformer.transformer_blocks.1.attn.to_q.weight"].abs().max() > 0
     assert grads["latent_embedder.proj_out.weight"].abs().max() > 0
-    assert all(
-        grad is None for name, grad in grads.items() if ".transformer_blocks.2." in name or "proj_out" in name[:20]
-    )
+    later = ("transformer.transformer_blocks.2.", "transformer.proj_out.", "transformer.adaln_out.")
+    assert all(grad is None for name, grad in grads.items() if name.startswith(later))
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "compiled", "compiled blocks", "compiled checkpointing"])
@@ -232,7 +230,7 @@ def test_gradients_are_the_same(how):
         module.latent_embedder.enable_gradient_checkpointing()
     torch.compiler.reset()
     if how == "compiled":
-        module.compile(backend="aot_eager")
+        module.compile(backend="eager")
     elif "compiled" in how:
         module.transformer.compile_repeated_blocks(backend="aot_eager")
     module(*example())[0].backward()
@@ -256,7 +254,12 @@ def step_in_a_process(rank, folder):
 
 
 def test_two_processes_average_their_gradients(tmp_path):
-    mp.start_processes(step_in_a_process, (tmp_path,), nprocs=2, start_method="fork")
+    processes = [process_context().Process(target=step_in_a_process, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     module = Module()
     latents, labels, batch, features = example()
     order = torch.tensor([0, 1, 2, 3])  # rows 0 and 1 are the first of their processes, and see a prior
