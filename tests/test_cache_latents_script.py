@@ -105,7 +105,7 @@ def test_killed_and_continued_by_other_numbers_of_processes_it_ends_the_same(scr
 
     folder, log, chance, kills = tmp_path / "killed", tmp_path / "log", random.Random(0), 0
     argv = arguments(made, folder, *options)
-    for shards in sorted(chance.sample(range(19), 6)):
+    for shards in sorted(chance.sample(range(14), 6)):
         process = start(argv, log)
         while len(list(folder.glob("shard-*"))) < shards or not folder.exists():
             assert process.is_alive(), log.read_text()[-3000:]
@@ -120,7 +120,7 @@ def test_killed_and_continued_by_other_numbers_of_processes_it_ends_the_same(scr
     # What a process killed while writing leaves
     (folder / "tmp-shard-00019.safetensors").write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
-    assert 12 <= len(kept) < 20
+    assert 9 <= len(kept) < 20
 
     # Several shards are left for the two processes.
     for path in sorted(kept)[3:9]:
