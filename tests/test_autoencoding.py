@@ -5,7 +5,13 @@ import pytest
 import torch
 from helpers import tiny_vae
 
-from diffusers_dod.autoencoding import decode_latents, encode_images, vae_latent_channels, vae_spatial_factor
+from diffusers_dod.autoencoding import (
+    decode_latents,
+    encode_images,
+    encode_posterior,
+    vae_latent_channels,
+    vae_spatial_factor,
+)
 
 
 MEAN, STD = [0.1, -0.2, 0.3, -0.4], [0.5, 1.5, 2.0, 0.8]
@@ -77,6 +83,10 @@ def test_kl_scaling(config, scale, shift):
     torch.testing.assert_close(drawn, (plain - shift) * scale)
     assert not torch.allclose(drawn, latents, atol=1e-2)
 
+    mean, std = encode_posterior(vae, images())
+    torch.testing.assert_close(mean, latents)
+    torch.testing.assert_close(std, posterior.std * scale)
+
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(posterior.mode()).sample)
 
 
@@ -87,6 +97,7 @@ def test_deterministic_autoencoders(kind, scale):
     encoded = vae.encode(images(), return_dict=False)[0]
     latents = encode_images(vae, images(), sample_posterior=True)
     torch.testing.assert_close(latents, encoded * scale)
+    assert torch.equal(encode_posterior(vae, images())[0], latents) and encode_posterior(vae, images())[1] is None
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(encoded).sample)
 
 

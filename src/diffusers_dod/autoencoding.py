@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 
 def _normalizes_itself(vae: ModelMixin) -> bool:
@@ -37,6 +38,30 @@ def _scale_shift(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor |
     return scale, config.get("shift_factor") or 0.0
 
 
+def encode_posterior(vae: ModelMixin | None, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encodes images to the distribution of their normalized latents.
+
+    Args:
+        vae (`ModelMixin`, *optional*):
+            `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `AutoencoderRAE` or one that shares their interface;
+            `None` is pixel space, where the images are the latents.
+        images (`torch.Tensor`): `(batch, 3, height, width)` in [-1, 1].
+
+    Returns:
+        mean and standard deviation, each `(batch, channels, height/factor, width/factor)`; the deviation is `None` for
+        an autoencoder without a posterior, whose latents are the mean.
+    """
+    if vae is None:
+        return images, None
+    images = images.to(vae.dtype)
+    if _normalizes_itself(vae):
+        return vae.encode(images / 2 + 0.5, return_dict=False)[0], None
+    encoded = vae.encode(images, return_dict=False)[0]
+    mean, std = (encoded, None) if torch.is_tensor(encoded) else (encoded.mean, encoded.std)
+    scale, shift = _scale_shift(vae, mean)
+    return (mean - shift) * scale, None if std is None else std * scale
+
+
 def encode_images(
     vae: ModelMixin | None,
     images: torch.Tensor,
@@ -46,33 +71,24 @@ def encode_images(
     """Encodes images to normalized latents.
 
     Args:
-        vae (`ModelMixin`, *optional*):
-            `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `AutoencoderRAE` or one that shares their interface;
-            `None` is pixel space, where the images are the latents.
-        images (`torch.Tensor`): `(batch, 3, height, width)` in [-1, 1].
+        vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
         generator (`torch.Generator`, *optional*): for the posterior's sample.
         sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
 
     Returns:
         `torch.Tensor`: `(batch, channels, height/factor, width/factor)`.
     """
-    if vae is None:
-        return images
-    images = images.to(vae.dtype)
-    if _normalizes_itself(vae):
-        return vae.encode(images / 2 + 0.5, return_dict=False)[0]
-    encoded = vae.encode(images, return_dict=False)[0]
-    if not torch.is_tensor(encoded):  # AutoencoderKL returns a posterior
-        encoded = encoded.sample(generator) if sample_posterior else encoded.mode()
-    scale, shift = _scale_shift(vae, encoded)
-    return (encoded - shift) * scale
+    mean, std = encode_posterior(vae, images)
+    if std is None or not sample_posterior:
+        return mean
+    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 
 def decode_latents(vae: ModelMixin | None, latents: torch.Tensor) -> torch.Tensor:
     """Decodes normalized latents, the inverse of [`encode_images`].
 
     Args:
-        vae (`ModelMixin`, *optional*): as for [`encode_images`].
+        vae (`ModelMixin`, *optional*): as for [`encode_posterior`].
         latents (`torch.Tensor`): `(batch, channels, height, width)`.
 
     Returns:

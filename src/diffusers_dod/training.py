@@ -32,12 +32,14 @@ class DoDLoss(NamedTuple):
         with_prior (`torch.Tensor`): mean over the rows that saw a prior (NaN if there was none).
         without_prior (`torch.Tensor`): mean over the rows that did not (NaN if there was none).
         per_sample (`torch.Tensor`): `(batch,)`, the rows with a prior first.
+        hidden_states (`torch.Tensor`, *optional*): the transformer's, `(batch, tokens, width)`, where asked for.
     """
 
     total: torch.Tensor
     with_prior: torch.Tensor
     without_prior: torch.Tensor
     per_sample: torch.Tensor
+    hidden_states: torch.Tensor | None = None
 
 
 def drop_labels(
@@ -113,6 +115,7 @@ def dod_loss(
     example: DiffusionExample,
     num_prior_rows: int,
     weighting: torch.Tensor | None = None,
+    hidden_states_layer: int | None = None,
 ) -> DoDLoss:
     """Mean squared error of the transformer, jointly differentiable in both models.
 
@@ -123,6 +126,8 @@ def dod_loss(
         example ([`DiffusionExample`]): what to denoise.
         num_prior_rows (`int`): the first rows that see their prior ([`count_prior_rows`]).
         weighting (`torch.Tensor`, *optional*): `(batch,)`, weight of each row's error.
+        hidden_states_layer (`int`, *optional*):
+            Returns the transformer's hidden states after that many blocks, for [`repa_loss`].
     """
     prior_tokens = None
     if num_prior_rows:
@@ -130,9 +135,14 @@ def dod_loss(
         # A row of zeros is a sample without a prior.
         no_prior = prior_tokens.new_zeros(len(latents) - num_prior_rows, *prior_tokens.shape[1:])
         prior_tokens = torch.cat([prior_tokens, no_prior])
-    prediction = transformer(
-        example.noisy, example.timesteps, class_labels, encoder_hidden_states=prior_tokens, return_dict=False
-    )[0]
+    prediction, *hidden_states = transformer(
+        example.noisy,
+        example.timesteps,
+        class_labels,
+        encoder_hidden_states=prior_tokens,
+        return_dict=False,
+        hidden_states_layer=hidden_states_layer,
+    )
     # A learned variance, the second half of the channels, has no part in this loss.
     error = prediction[:, : latents.shape[1]].float() - example.target.float()
     per_sample = error.square().mean(dim=(1, 2, 3))
@@ -143,4 +153,5 @@ def dod_loss(
         with_prior=per_sample[:num_prior_rows].detach().mean(),
         without_prior=per_sample[num_prior_rows:].detach().mean(),
         per_sample=per_sample.detach(),
+        hidden_states=hidden_states[0] if hidden_states else None,
     )

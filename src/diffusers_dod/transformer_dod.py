@@ -1,5 +1,7 @@
 """The DoD backbone: a class-conditional diffusion transformer that may also see prior tokens."""
 
+from dataclasses import dataclass
+
 import diffusers.loaders.peft as diffusers_peft
 import torch
 import torch.nn as nn
@@ -28,6 +30,18 @@ from .layers import (
 getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
     "DoDTransformer2DModel", lambda model, weights: weights
 )
+
+
+@dataclass
+class DoDTransformer2DModelOutput(Transformer2DModelOutput):
+    """
+    Args:
+        sample (`torch.Tensor`): the prediction, `(batch, out_channels, height, width)`.
+        hidden_states (`torch.Tensor`, *optional*):
+            Tokens within the transformer, `(batch, height/patch * width/patch, width of the model)`, where asked for.
+    """
+
+    hidden_states: torch.Tensor | None = None
 
 
 class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -189,7 +203,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         class_labels: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        hidden_states_layer: int | None = None,
+    ) -> DoDTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Args:
             hidden_states (`torch.Tensor`): noisy latents, `(batch, in_channels, height, width)`.
@@ -198,14 +213,20 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             encoder_hidden_states (`torch.Tensor`, *optional*):
                 Prior tokens, `(batch, height/patch * width/patch, width of the model)`. `None` is stage 1; a row of
                 zeros is a sample without a prior.
-            return_dict (`bool`, defaults to `True`): whether to return a [`Transformer2DModelOutput`] or a tuple.
+            return_dict (`bool`, defaults to `True`): whether to return a [`DoDTransformer2DModelOutput`] or a tuple.
+            hidden_states_layer (`int`, *optional*):
+                Returns the tokens after that many blocks too, to align them with other features ([`repa_loss`]).
 
         Returns:
-            [`Transformer2DModelOutput`] or `tuple`: the prediction, `(batch, out_channels, height, width)`.
+            [`DoDTransformer2DModelOutput`] or `tuple`: the prediction and, where asked for, hidden states.
 
         Raises:
-            ValueError: if `patch_size` does not divide the latents, or the prior tokens do not fit their grid.
+            ValueError: if `patch_size` does not divide the latents, the prior tokens do not fit their grid, or there
+                are not as many blocks as `hidden_states_layer`.
         """
+        num_layers = len(self.transformer_blocks)
+        if hidden_states_layer is not None and not 1 <= hidden_states_layer <= num_layers:
+            raise ValueError(f"`hidden_states_layer` is {hidden_states_layer}; choose one from 1 to {num_layers}.")
         batch, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         dtype = hidden_states.dtype
@@ -235,13 +256,16 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         modulation = self.adaln_global(conditioning) if self.config.adaln_type == "low_rank" else None
 
         # 3. Blocks
-        for block in self.transformer_blocks:
+        inner_hidden_states = None
+        for layer, block in enumerate(self.transformer_blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block, hidden_states, conditioning, modulation, rotary_emb
                 )
             else:
                 hidden_states = block(hidden_states, conditioning, modulation, rotary_emb)
+            if layer == hidden_states_layer:
+                inner_hidden_states = hidden_states
 
         # 4. Output
         shift, scale = self.adaln_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
@@ -249,5 +273,5 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         sample = unpatchify(hidden_states, height, width, patch_size)
 
         if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+            return (sample,) if inner_hidden_states is None else (sample, inner_hidden_states)
+        return DoDTransformer2DModelOutput(sample=sample, hidden_states=inner_hidden_states)
