@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,19 +61,27 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     assert contents(tmp_path / "large") == contents(drawn) and len(contents(drawn)) == 40
 
     # Two processes, killed on the way; one finishes what they left.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += [EXAMPLES / "sample_dod.py", "--model", model, "--output_dir", tmp_path / "killed", "--batch_size", "3"]
-    command += "--num_inference_steps 3 --num_images 40 --stages all".split()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*map(str, command)], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    while len(contents(tmp_path / "killed")) < 5 and process.poll() is None:
+    command = [sys.executable, EXAMPLES / "sample_dod.py", "--model", model, "--output_dir", tmp_path / "killed"]
+    command += "--batch_size 3 --num_inference_steps 3 --num_images 40 --stages all".split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        with open(tmp_path / f"errors-{rank}", "w") as errors:
+            processes.append(
+                subprocess.Popen([*map(str, command)], env={**os.environ, **shared, **own}, stderr=errors)
+            )
+    shares = set()
+    while shares != {0, 1} and all(process.poll() is None for process in processes):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    errors = process.communicate()[1]
-    left = contents(tmp_path / "killed")
-    assert 5 <= len(left), errors
+        shares = {int(Path(name).stem) % 2 for name in contents(tmp_path / "killed")}
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert shares == {0, 1}, (tmp_path / "errors-0").read_text()
     assert sample(model, tmp_path / "killed", "--batch_size", 9) == 0
     assert contents(tmp_path / "killed") == contents(drawn)
 
