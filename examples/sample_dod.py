@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import diffusers_dod
@@ -115,7 +115,7 @@ def write_npz(path: Path, images: list[Path], classes: list[int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    state = PartialState()
+    state = Accelerator()  # not PartialState, which ignores accelerate's choice of the CPU
 
     # 1. The settings, which must be those of the images that lie there already
     settings = {key: value for key, value in vars(args).items() if key not in FREE_KEYS}
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             paths = [image_path(args, stage, index) for index in range(args.num_images)]
             write_npz(Path(args.output_dir, f"stage-{stage}.npz"), paths, classes)
     state.wait_for_everyone()
-    state.destroy_process_group()
+    state.end_training()
     return 0
 
 
