@@ -1,0 +1,86 @@
+"""Sets of images to evaluate: a folder, an `.npz` of ADM, or a dataset, as batches of uint8."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..image_data import center_crop, load_labelled_images, read_image
+from .metrics import FeatureStatistics
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class _Pictures(Dataset):
+    """Images one by one as `(3, height, width)` of uint8."""
+
+    def __init__(self, rows, read, resolution: int | None):
+        self.rows, self.read, self.resolution = rows, read, resolution
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image = self.read(self.rows[index]).convert("RGB")
+        if self.resolution is not None:
+            image = center_crop(image, self.resolution)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class ImageSet:
+    """Images to evaluate, and statistics that came with them.
+
+    Args:
+        source (`str`):
+            a folder of images (also in subfolders), an `.npz` of ADM's evaluation (`arr_0` of `(samples, height, width,
+            channels)` in uint8, and `mu`, `sigma`, `mu_s`, `sigma_s` where it is a reference), a folder of
+            `datasets.save_to_disk`, or a dataset of the Hub.
+        resolution (`int`, *optional*): side to which images are cropped as ADM does; as they are by default.
+
+    Raises:
+        ValueError: if there are no images, or statistics, to be had.
+    """
+
+    def __init__(self, source: str, resolution: int | None = None):
+        self.source, self.statistics = source, {}
+        path = Path(source)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                for name, mean, covariance in (("features", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+                    if mean in arrays:
+                        values = (torch.from_numpy(arrays[key]).double() for key in (mean, covariance))
+                        self.statistics[name] = FeatureStatistics(*values)
+                images = arrays["arr_0"] if "arr_0" in arrays else np.zeros((0, 1, 1, 3), np.uint8)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+                raise ValueError(f"{source}: arr_0 must be (samples, height, width, 3 or 1) in uint8, as ADM's.")
+            self.rows, self.read = images, lambda array: PIL.Image.fromarray(array.squeeze())
+        elif path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            self.rows = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            self.read = PIL.Image.open
+        else:
+            data, _ = load_labelled_images(*((source, None) if path.is_dir() else (None, source)), label_column=None)
+            self.rows, self.read = data, lambda row: read_image(row["image"])
+        if not len(self.rows) and not self.statistics:
+            raise ValueError(f"{source} holds no images.")
+        self.resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_size: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
+        """Batches of `(batch, 3, height, width)` in uint8, in order.
+
+        Raises:
+            ValueError: if the images differ in size and no `resolution` was given.
+        """
+        pictures = _Pictures(self.rows, self.read, self.resolution)
+        try:
+            yield from DataLoader(pictures, batch_size=batch_size, num_workers=num_workers)
+        except RuntimeError as error:
+            if "equal size" not in str(error):
+                raise
+            raise ValueError(f"The images of {self.source} differ in size: give a resolution.") from error
