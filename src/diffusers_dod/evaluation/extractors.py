@@ -34,6 +34,8 @@ class InceptionExtractor(nn.Module):
             raise ImportError(
                 "The Inception network needs torch-fidelity: `pip install torch-fidelity torchvision`."
             ) from error
+        if weights is not None:
+            torch.load(weights, map_location="meta", weights_only=True)  # torch-fidelity would run code in it
         names = ["2048", "logits_unbiased"]
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", names, feature_extractor_weights_path=weights
