@@ -421,10 +421,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run(argv: list[str] | None = None) -> int:
+    """`main`, with what the user must know in one line; returns the exit status."""
     try:
-        sys.exit(main())
+        return main(argv)
     except (BadInput, CheckpointNotWritten, TooManyBadSteps) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, BadData):
             print(f"train_dod.py: error: {error}", file=sys.stderr)
-        sys.exit(STATUS[type(error)])
+        return STATUS[type(error)]
+
+
+if __name__ == "__main__":
+    sys.exit(run())
