@@ -2,7 +2,7 @@
 
 import os
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
@@ -15,4 +15,5 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # Every new view of accelerate's state starts from the partial one.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
