@@ -237,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         raise BadInput("FSDP means FSDP2 here: set fsdp_version to 2 in accelerate's configuration")
     if accelerator.scaler is not None and args.spike_factor is not None:
         raise BadInput("--spike_factor works without fp16's gradient scaler only: take bf16")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would look for it in a prepared dataloader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
     check_prior_rows(args, accelerator)
@@ -316,9 +318,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. Training
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     totals = torch.zeros(5, device=accelerator.device)  # with a prior and without: losses and rows; who shall stop
     saved, stopped = step, None
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     with StopRequest() as stop:
         while step < args.max_train_steps and stopped is None:
             started, loading, names = time.perf_counter(), 0.0, []

@@ -3,9 +3,11 @@
 `start` forks a server that has imported the script already, since importing takes longer than such a run.
 """
 
+import functools
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -18,7 +20,6 @@ from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_dod.py"
-sys.path.insert(0, str(EXAMPLES))
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 7}
 EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 NAMES = ("transformer", "latent_embedder")
@@ -26,9 +27,12 @@ NAMES = ("transformer", "latent_embedder")
 torch.set_num_threads(1)  # the order of a sum changes its last bits
 
 
+load_digits = functools.cache(mnist_data)  # seconds of parsing
+
+
 def write_digits(root: Path, digits=(0, 1, 4), counts=(1, 1, 1)) -> Path:
     """Pictures of handwritten digits, each in the folder of its class."""
-    images, labels = mnist_data()
+    images, labels = load_digits()
     for digit, count in zip(digits, counts):
         (root / f"digit {digit}").mkdir(parents=True)
         for i, pixels in enumerate(images[labels == digit][:count]):
@@ -102,8 +106,6 @@ def start_together(argv: list, folder: Path, count: int, **environment: str) -> 
 
 
 def _free_port() -> str:
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])

@@ -95,8 +95,10 @@ def load_labelled_images(
         if not streaming and any(not isinstance(label, int) or label < 0 for label in data.unique(label_column)):
             raise ValueError(f"Column {label_column!r} of {source} must hold classes: names, or integers from 0.")
         names = getattr(data.features[label_column], "names", None)
-    data = data.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
-    return data.cast_column("image", datasets.Image(decode=False)), names
+    # First of all undecoded, for a stream would decode in order to rename.
+    data = data.cast_column(image_column, datasets.Image(decode=False)).select_columns(list(columns))
+    renamed = {old: new for old, new in columns.items() if old != new}
+    return data.rename_columns(renamed) if renamed else data, names
 
 
 def read_image(value: dict) -> PIL.Image.Image:
