@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -272,3 +273,56 @@ def test_the_lora_of_peft_is_the_identity_before_training():
     before = model(*inputs).sample
     model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     torch.testing.assert_close(model(*inputs).sample, before)
+
+
+@pytest.fixture(scope="module")
+def parquet(digits, tmp_path_factory):
+    """A folder such as a dataset's repository on the Hub: three Parquet files, columns of other names."""
+    folder = tmp_path_factory.mktemp("hub")
+    paths = sorted(digits.glob("*/*.png"))
+    rows = [
+        {"picture": {"bytes": path.read_bytes(), "path": None}, "kind": int(path.parent.name[-1]) // 2}
+        for path in paths
+    ]
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+    for shard in range(3):
+        datasets.Dataset.from_list(rows[shard::3], features=features).to_parquet(folder / f"train-{shard}.parquet")
+    return folder
+
+
+def test_a_dataset_of_the_hub_streams_and_resumes_and_must_tell_its_classes(parquet, tmp_path):
+    def hub(run, *options, status=0):
+        options = (
+            "--dataset_name",
+            parquet,
+            "--streaming",
+            "--image_column",
+            "picture",
+            "--label_column",
+            "kind",
+            *options,
+        )
+        argv = arguments(
+            tmp_path / run, "--resolution", 14, "--checkpointing_steps", 3, "--shuffle_buffer_size", 4, *options
+        )
+        assert train_dod.run(argv) == status
+        return tmp_path / run
+
+    options = ("--num_classes", 3, "--max_train_steps", 6, "--train_batch_size", 3)
+    straight = hub("straight", *options)
+    shutil.copytree(straight / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    assert_equal_tensors(weights(hub("resumed", *options, "--dataloader_num_workers", 2)), weights(straight))
+    with pytest.raises(BadInput, match="how many classes there are: give --num_classes"):
+        train_dod.main(
+            arguments(
+                tmp_path / "x",
+                "--dataset_name",
+                parquet,
+                "--streaming",
+                "--image_column",
+                "picture",
+                "--label_column",
+                "kind",
+            )
+        )
+    hub("few", "--num_classes", 2, "--max_train_steps", 9, status=2)

@@ -1,5 +1,6 @@
 """Training on a `datasets.IterableDataset`: shuffled in blocks, endless, and resumed exactly."""
 
+import inspect
 import itertools
 import json
 from collections.abc import Iterator
@@ -44,8 +45,11 @@ class ShuffledStream:
     def _read_block(self, epoch: int, start: dict | None) -> tuple[list[dict], dict]:
         """Its rows, and the state in which the next one starts."""
         shard_seed = torch.randint(2**31, (), generator=step_generator(self.seed, epoch)).item()
-        # A buffer of one row: only the shards are shuffled here.
-        data = self.data.shuffle(seed=shard_seed, buffer_size=1)
+        # A buffer of one row: only the shards are shuffled here. Since version 5, `datasets` would read several at once, in
+        # threads that take seconds to stop at the end of a block.
+        options = {"seed": shard_seed, "buffer_size": 1, "max_buffer_input_shards": 1}
+        known = inspect.signature(self.data.shuffle).parameters
+        data = self.data.shuffle(**{name: value for name, value in options.items() if name in known})
         if start is not None:
             data.load_state_dict(start)
         return list(itertools.islice(data, self.buffer_size)), json.loads(json.dumps(data.state_dict()))
