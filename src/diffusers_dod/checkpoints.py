@@ -179,11 +179,15 @@ def save_checkpoint(
             problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         failures = accelerator.reduce(torch.tensor([float(problem is not None)], device=accelerator.device))
         if failures.item():
+            free = shutil.disk_usage(output_dir).free  # what torch says of a full disk does not name it
+            accelerator.wait_for_everyone()
             if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             last = (list_checkpoints(output_dir) or ["none"])[-1]
             problem = problem or "another process could not write"
-            raise CheckpointNotWritten(f"{path} could not be written ({problem}); the last good one is {last}")
+            raise CheckpointNotWritten(
+                f"{path} could not be written ({problem}; {free / 1e6:.1f} MB are free); the last good one is {last}"
+            )
 
     if is_main:
         # What goes away loses its name first, for half a folder must not look like a checkpoint.
