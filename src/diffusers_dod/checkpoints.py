@@ -1,16 +1,26 @@
 """Checkpoints of a training run with accelerate: whole or absent, never of another run, limited in number."""
 
 import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from .averaging import WeightAverages, fill_tensors, full_tensors
 
 
 CONFIG_NAME = "training_config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+AVERAGES_NAME = "averages.json"
+
+
+class CheckpointNotWritten(Exception):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -20,30 +30,26 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(
-    resume_from: str | None, output_dir: str | Path, config: dict, free_keys: Collection[str]
+    resume_from: str, output_dir: str | Path, config: dict, free_keys: Collection[str]
 ) -> tuple[Path | None, int]:
     """What a run goes on from.
 
     Args:
-        resume_from (`str`, *optional*): a checkpoint, or `"latest"` for the last of `output_dir`.
-        output_dir (`str`): folder of the run; a new run may not have checkpoints there.
+        resume_from (`str`): a checkpoint, or `"auto"` for the last of `output_dir`, if it has any.
+        output_dir (`str`): folder of the run.
         config (`dict`): configuration of the run, as JSON reads it.
         free_keys (collection of `str`): entries of it that may differ from the checkpoint's.
 
     Returns:
-        the checkpoint and its step; `(None, 0)` for a new run, which `"latest"` is where there is no checkpoint yet.
+        the checkpoint and its step; `(None, 0)` for a new run.
 
     Raises:
         ValueError: if the folder is missing, not a checkpoint, or of a run with another configuration.
     """
     existing = list_checkpoints(output_dir)
-    if resume_from is None and existing:
-        raise ValueError(
-            f"{output_dir} already holds {existing[-1].name}: resume from `latest` to go on, or choose another folder."
-        )
-    if resume_from is None or (resume_from == "latest" and not existing):
+    if resume_from == "auto" and not existing:
         return None, 0
-    checkpoint = existing[-1] if resume_from == "latest" else Path(resume_from)
+    checkpoint = existing[-1] if resume_from == "auto" else Path(resume_from)
     try:
         saved = json.loads((checkpoint / CONFIG_NAME).read_text())
         step = saved.pop("step")
@@ -55,43 +61,84 @@ def find_checkpoint(
         if saved.get(key) != config.get(key) and key not in free_keys
     ]
     if differing:
-        raise ValueError(f"{checkpoint} was trained with another configuration: {', '.join(differing)}.")
+        raise ValueError(
+            f"{checkpoint} was trained with another configuration: {', '.join(differing)}. Choose another folder for a "
+            "new run, or the same options to go on."
+        )
     return checkpoint, step
 
 
-def register_model_hooks(accelerator: Accelerator, models: dict[str, ModelMixin], emas: dict[str, EMAModel]) -> None:
-    """Has accelerate save and load the models of the one module it prepared as folders of diffusers.
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Those that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def register_model_hooks(
+    accelerator: Accelerator, models: dict[str, ModelMixin], averages: WeightAverages | None
+) -> None:
+    """Has accelerate save and load the trained weights of both models, and their averages, as folders of diffusers.
+
+    A folder is `{name}` for the weights and `{name}_ema_{decay}` for an average. Where all of a model is trained, it loads
+    with `from_pretrained`; else it holds the trained weights only. FSDP and DeepSpeed write the live weights themselves, so
+    only the averages are added.
 
     Args:
         accelerator (`Accelerator`): whose `save_state` and `load_state` these hooks join.
         models (`dict` of `str` to `ModelMixin`): folder name to model, not wrapped.
-        emas (`dict` of `str` to `EMAModel`): their averages, by the same names, saved in `{name}_ema`.
+        averages ([`WeightAverages`], *optional*): of the trained parameters, named `{name}.{parameter}`.
     """
 
+    def folders(with_live: bool) -> dict[str, tuple[ModelMixin, dict[str, torch.Tensor]]]:
+        contents = {}
+        for name, model in models.items():
+            trained = trained_parameters(model)
+            if trained and with_live:
+                contents[name] = (model, trained)
+            for decay in averages.averages if trained and averages is not None else ():
+                tensors = averages.tensors(decay)
+                contents[f"{name}_ema_{decay}"] = (model, {key: tensors[f"{name}.{key}"] for key in trained})
+        return contents
+
     def save(_, weights: list, folder: str) -> None:
+        with_live = len(weights) > 0
         weights.clear()  # or accelerate would write the module as well
-        if accelerator.is_main_process:
-            for name, model in models.items():
-                model.save_pretrained(Path(folder, name))
-            for name, ema in emas.items():
-                ema.save_pretrained(Path(folder, f"{name}_ema"))
+        for name, (model, tensors) in folders(with_live).items():
+            full = full_tensors(tensors)
+            if accelerator.is_main_process:
+                model.save_config(Path(folder, name))
+                save_file(full, Path(folder, name, WEIGHTS_NAME), metadata={"format": "pt"})
+        if averages is not None and accelerator.is_main_process:
+            averages.save_steps(Path(folder, AVERAGES_NAME))
 
     def load(modules: list, folder: str) -> None:
+        with_live = len(modules) > 0
         modules.clear()
-        for name, model in models.items():
-            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
-        for name, ema in emas.items():
-            ema.load_state_dict(
-                EMAModel.from_pretrained(str(Path(folder, f"{name}_ema")), type(models[name])).state_dict()
-            )
-            ema.to(accelerator.device)
+        for name, (_, tensors) in folders(with_live).items():
+            fill_tensors(tensors, load_file(Path(folder, name, WEIGHTS_NAME)))
+        if averages is not None:
+            averages.load_steps(Path(folder, AVERAGES_NAME))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
+def _flush(folder: Path) -> None:
+    """Has the disk hold the files before their folder gets its name, so that a power cut cannot leave half of them."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, step: int, config: dict, total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    config: dict,
+    total_limit: int | None = None,
+    process_state: dict | None = None,
 ) -> None:
     """Writes `checkpoint-{step}` under another name, renames what is whole, and only then removes the oldest ones.
 
@@ -101,19 +148,62 @@ def save_checkpoint(
         step (`int`): optimisation steps done.
         config (`dict`): configuration of the run, which [`find_checkpoint`] compares.
         total_limit (`int`, *optional*): checkpoints to keep, this one included.
+        process_state (`dict`, *optional*): what this process needs beside it, for [`load_process_state`].
+
+    Raises:
+        CheckpointNotWritten: in every process, if one of them could not write, for instance to a full disk.
     """
     unfinished, path = Path(output_dir, f"tmp-checkpoint-{step}"), Path(output_dir, f"checkpoint-{step}")
-    if accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+
+    def write() -> None:
+        accelerator.save_state(str(unfinished))
+        if process_state is not None:
+            Path(unfinished, f"process_state_{accelerator.process_index}.json").write_text(json.dumps(process_state))
+        if is_main:
+            (unfinished / CONFIG_NAME).write_text(json.dumps({**config, "step": step}, indent=2))
+
+    def flush() -> None:
+        if is_main:
+            _flush(unfinished)
+
+    if is_main:
         for leftover in Path(output_dir).glob("tmp-checkpoint-*"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / CONFIG_NAME).write_text(json.dumps({**config, "step": step}, indent=2))
+    for work in (write, flush):
+        problem = None
+        try:
+            work()
+        except Exception as error:  # OSError, and what safetensors and torch make of it
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failures = accelerator.reduce(torch.tensor([float(problem is not None)], device=accelerator.device))
+        if failures.item():
+            free = shutil.disk_usage(output_dir).free  # what torch says of a full disk does not name it
+            accelerator.wait_for_everyone()
+            if is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            last = (list_checkpoints(output_dir) or ["none"])[-1]
+            problem = problem or "another process could not write"
+            raise CheckpointNotWritten(
+                f"{path} could not be written ({problem}; {free / 1e6:.1f} MB are free); the last good one is {last}"
+            )
+
+    if is_main:
+        # What goes away loses its name first, for half a folder must not look like a checkpoint.
+        rubbish = []
         if path.exists():  # of a run that was resumed further back
-            shutil.rmtree(path)
+            rubbish.append(path.rename(Path(output_dir, f"tmp-checkpoint-{step}-replaced")))
         unfinished.rename(path)
         older = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != path]
-        while total_limit and len(older) >= total_limit:
-            shutil.rmtree(older.pop(0))
+        surplus = max(len(older) + 1 - total_limit, 0) if total_limit else 0
+        for checkpoint in older[:surplus]:
+            rubbish.append(checkpoint.rename(Path(output_dir, f"tmp-{checkpoint.name}")))
+        for folder in rubbish:
+            shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+
+
+def load_process_state(accelerator: Accelerator, checkpoint: Path) -> dict:
+    """What this process gave to [`save_checkpoint`]."""
+    return json.loads((checkpoint / f"process_state_{accelerator.process_index}.json").read_text())

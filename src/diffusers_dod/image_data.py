@@ -13,17 +13,25 @@ def _is_saved_dataset(folder: str | Path) -> bool:
     return any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _load_folder(folder: str, cache_dir: str | None) -> datasets.Dataset:
+def _load_folder(folder: str, labelled: bool, streaming: bool, cache_dir: str | None):
     if not Path(folder).is_dir():
         raise ValueError("it is not a folder")
     if _is_saved_dataset(folder):
         data = datasets.load_from_disk(folder)
-        return data["train"] if isinstance(data, datasets.DatasetDict) else data
-    if not any(path.is_dir() for path in Path(folder).iterdir()):
+        data = data["train"] if isinstance(data, datasets.DatasetDict) else data
+        return data.to_iterable_dataset(num_shards=min(64, len(data))) if streaming else data
+    if labelled and not any(path.is_dir() for path in Path(folder).iterdir()):
         raise ValueError("it has no subfolders, put the images of each class into one of their own")
     # By pattern, since `datasets` would take a class called "train" or "test" for a split.
-    options = {"data_files": {"train": "*/*"}, "drop_labels": False, "drop_metadata": True, "cache_dir": cache_dir}
-    return datasets.load_dataset("imagefolder", data_dir=folder, split="train", **options)
+    files = "*/*" if labelled else "**"
+    if streaming:
+        # In one fixed shuffled order: a buffer would hold few classes of a sorted folder.
+        files = sorted(str(path) for path in Path(folder).glob("*/*" if labelled else "**/*") if path.is_file())
+        files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    options = {"data_files": {"train": files}, "drop_labels": not labelled, "drop_metadata": True}
+    if not streaming:
+        options["data_dir"] = folder
+    return datasets.load_dataset("imagefolder", split="train", streaming=streaming, cache_dir=cache_dir, **options)
 
 
 def load_labelled_images(
@@ -31,21 +39,24 @@ def load_labelled_images(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
     cache_dir: str | None = None,
-) -> tuple[datasets.Dataset, list[str] | None]:
+    streaming: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str] | None]:
     """Loads images with their classes, the `train` split where there are several.
 
     Args:
         folder (`str`, *optional*): a folder with one subfolder a class, or what `datasets.save_to_disk` wrote.
         dataset_name (`str`, *optional*): a dataset of the Hub, where no `folder` is given.
         dataset_config_name (`str`, *optional*): its configuration.
-        image_column (`str`), label_column (`str`): columns to read; labels are names, or integers from 0.
+        image_column (`str`), label_column (`str`, *optional*):
+            columns to read; labels are names, or integers from 0. `None` reads images alone, in any layout of folders.
         cache_dir (`str`, *optional*): where `datasets` keeps what it downloads and prepares.
+        streaming (`bool`): read as training goes on instead of preparing everything first.
 
     Returns:
         the dataset, of columns `image` (undecoded) and `label` (integers), and the names of the classes if they have
-        any.
+        any. A stream's labels are not checked.
 
     Raises:
         ValueError: if there is nothing to load, or no column of images and one of classes.
@@ -53,29 +64,41 @@ def load_labelled_images(
     source = dataset_name if folder is None else folder
     try:
         if folder is None:
-            data = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache_dir)
+            options = {"split": "train", "cache_dir": cache_dir, "streaming": streaming}
+            data = datasets.load_dataset(dataset_name, dataset_config_name, **options)
         else:
-            data = _load_folder(folder, cache_dir)
+            data = _load_folder(folder, label_column is not None, streaming, cache_dir)
     except Exception as error:  # `datasets` raises many unrelated kinds for what is missing, private or malformed
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"No images could be loaded from {source}: {reason}") from error
 
-    for column in (image_column, label_column):
+    if data.features is None:
+        raise ValueError(f"The columns of {source} are not known before reading it: do without streaming.")
+    columns = {image_column: "image"}
+    if label_column is not None:
+        columns[label_column] = "label"
+    for column in columns:
         if column not in data.column_names:
             raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(data.column_names)}.")
     if not isinstance(data.features[image_column], datasets.Image):
         raise ValueError(f"Column {image_column!r} of {source} does not hold images.")
-    if len(data) == 0:
+    if not streaming and len(data) == 0:
         raise ValueError(f"{source} holds no images.")
-    if data.features[label_column] == datasets.Value("string"):
-        data = data.class_encode_column(label_column)
-    if any(not isinstance(label, int) or label < 0 for label in data.unique(label_column)):
-        raise ValueError(f"Column {label_column!r} of {source} must hold classes: names, or integers from 0.")
-    names = getattr(data.features[label_column], "names", None)
-    data = data.select_columns([image_column, label_column]).rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
-    return data.cast_column("image", datasets.Image(decode=False)), names
+
+    names = None
+    if label_column is not None:
+        is_text = data.features[label_column] == datasets.Value("string")
+        if is_text and streaming:
+            raise ValueError(f"Column {label_column!r} of {source} is text, which cannot be numbered while streaming.")
+        if is_text:
+            data = data.class_encode_column(label_column)
+        if not streaming and any(not isinstance(label, int) or label < 0 for label in data.unique(label_column)):
+            raise ValueError(f"Column {label_column!r} of {source} must hold classes: names, or integers from 0.")
+        names = getattr(data.features[label_column], "names", None)
+    # First of all undecoded, for a stream would decode in order to rename.
+    data = data.cast_column(image_column, datasets.Image(decode=False)).select_columns(list(columns))
+    renamed = {old: new for old, new in columns.items() if old != new}
+    return data.rename_columns(renamed) if renamed else data, names
 
 
 def read_image(value: dict) -> PIL.Image.Image:

@@ -99,11 +99,16 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.apply(initialize_linear_xavier)
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, latents: torch.Tensor, return_dict: bool = True) -> DoDLatentEmbedderOutput | tuple:
+    def forward(
+        self, latents: torch.Tensor, return_dict: bool = True, code_noise: torch.Tensor | None = None
+    ) -> DoDLatentEmbedderOutput | tuple:
         """
         Args:
             latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
             return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
+            code_noise (`torch.Tensor`, *optional*):
+                Noise for training, of the codes' shape, in multiples of the root mean square of each sample's codes: what
+                the codes carry cannot grow past it. The returned codes are without it.
 
         Returns:
             [`DoDLatentEmbedderOutput`] or `tuple`: prior tokens and codes.
@@ -134,8 +139,10 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         # 2. Bottleneck, brought to the transformer's grid
         codes = self.to_codes(self.norm_codes(hidden_states))
         output_codes = codes
+        if code_noise is not None:
+            output_codes = codes + code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
         if output_grid != grid:
-            output_codes = codes.transpose(1, 2).unflatten(2, grid)
+            output_codes = output_codes.transpose(1, 2).unflatten(2, grid)
             output_codes = F.interpolate(output_codes, size=output_grid, mode="bilinear", align_corners=False)
             output_codes = output_codes.flatten(2).transpose(1, 2)
             rotary_emb = rotary_embedding_2d(*output_grid, head_dim, theta, latents.device)

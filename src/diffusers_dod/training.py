@@ -115,23 +115,29 @@ def dod_loss(
     example: DiffusionExample,
     num_prior_rows: int,
     weighting: torch.Tensor | None = None,
+    code_noise: torch.Tensor | None = None,
     hidden_states_layer: int | None = None,
 ) -> DoDLoss:
     """Mean squared error of the transformer, jointly differentiable in both models.
 
     Args:
         transformer ([`DoDTransformer2DModel`]), latent_embedder ([`DoDLatentEmbedder`]): the models, wrapped or not.
-        latents (`torch.Tensor`): clean latents, which the embedder reads, `(batch, channels, height, width)`.
+        latents (`torch.Tensor`):
+            clean latents, which the embedder reads, `(batch, channels, height, width)`. Noise added here reaches the
+            embedder only, for `example` is made already.
         class_labels (`torch.Tensor`): `(batch,)`, already dropped where they should be.
         example ([`DiffusionExample`]): what to denoise.
         num_prior_rows (`int`): the first rows that see their prior ([`count_prior_rows`]).
         weighting (`torch.Tensor`, *optional*): `(batch,)`, weight of each row's error.
+        code_noise (`torch.Tensor`, *optional*):
+            noise at the embedder's bottleneck, `(batch, tokens, bottleneck_dim)`, see [`DoDLatentEmbedder`].
         hidden_states_layer (`int`, *optional*):
             Returns the transformer's hidden states after that many blocks, for [`repa_loss`].
     """
     prior_tokens = None
     if num_prior_rows:
-        prior_tokens = latent_embedder(latents[:num_prior_rows], return_dict=False)[0]
+        noise = None if code_noise is None else code_noise[:num_prior_rows]
+        prior_tokens = latent_embedder(latents[:num_prior_rows], return_dict=False, code_noise=noise)[0]
         # A row of zeros is a sample without a prior.
         no_prior = prior_tokens.new_zeros(len(latents) - num_prior_rows, *prior_tokens.shape[1:])
         prior_tokens = torch.cat([prior_tokens, no_prior])

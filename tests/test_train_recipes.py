@@ -1,0 +1,118 @@
+"""Every recipe: its options, the sizes that it states, and two steps of it at a reduced width."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from train_arguments import BadInput, parse_args
+from train_setup import TrainingData, build_pipeline
+from training_runs import EXAMPLES, arguments, write_digits
+
+from diffusers_dod import DoDPipeline
+
+
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+NARROW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "adaln_rank": 4}
+NARROW_EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+
+
+def tiny_autoencoder(name: str, folder: Path) -> str:
+    """One of the kind that a recipe names, of the same factor and latent channels."""
+    torch.manual_seed(0)
+    if "sd-vae" in name:
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1)
+    elif "dc-ae" in name:
+        sides = {}
+        for side in ("encoder", "decoder"):
+            sides[f"{side}_block_types"] = "ResBlock"
+            sides[f"{side}_block_out_channels"] = (32,) * 6
+            sides[f"{side}_layers_per_block"] = (1,) * 6
+            sides[f"{side}_qkv_multiscales"] = ((),) * 6
+        vae = diffusers.AutoencoderDC(latent_channels=32, attention_head_dim=8, **sides)
+    else:
+        sizes = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+        vae = diffusers.AutoencoderRAE(**sizes, decoder_hidden_size=32, decoder_intermediate_size=32)
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def recipe_args(recipe: Path, folder: Path, *flags) -> list[str]:
+    argv = ["--recipe", str(recipe), "--output_dir", str(folder / "run"), *map(str, flags)]
+    args = parse_args([*argv, "--train_data_dir", "x"], "")
+    if args.vae_name_or_path is not None:
+        argv += ["--vae_name_or_path", tiny_autoencoder(args.vae_name_or_path, folder / "vae")]
+    return argv
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
+    classes, *stated = re.search(
+        r"# Parameters with (\d+) classes: transformer ([\d,]+), embedder ([\d,]+)", recipe.read_text()
+    ).groups()
+    args = parse_args([*recipe_args(recipe, tmp_path), "--train_data_dir", "x"], "")
+    with torch.device("meta"):
+        pipeline = build_pipeline(args, TrainingData(None, int(classes), None, recipe.stem == "digits", None))
+    sizes = {"sd": (32, 4), "rae": (16, 768), "dcae": (8, 32), "digits": (28, 1)}
+    expected = sizes.get(recipe.stem.removeprefix("imagenet256_"), sizes["sd"])
+    for model, parameters in zip((pipeline.transformer, pipeline.latent_embedder), stated):
+        assert model.device.type == "meta"
+        assert f"{model.num_parameters():,}" == parameters
+        assert (model.config.sample_size, model.config.in_channels) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
+    import train_dod
+
+    digits = write_digits(tmp_path / "data")
+    flags = ["--transformer_config", json.dumps(NARROW), "--embedder_config", json.dumps(NARROW_EMBEDDER)]
+    flags += ["--train_batch_size", 2, "--max_train_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 0]
+    flags += ["--report_to", "none", "--mixed_precision", "no", "--seed", 5, "--no-random_flip"]
+    if recipe.stem not in ("digits", "imagenet256_rae"):  # RAE brings every image to its encoder's size
+        flags += ["--resolution", 64]
+    argv = [*recipe_args(recipe, tmp_path, *flags), "--train_data_dir", str(digits)]
+    assert train_dod.main(argv) == 0
+    config = json.loads((tmp_path / "run" / "training_config.json").read_text())
+    stated = parse_args(["--recipe", str(recipe), "--output_dir", "x", "--train_data_dir", "x"], "")
+    assert config["learning_rate"] == stated.learning_rate and config["ema_decay"] == stated.ema_decay
+    assert config["seed"] == 5 and config["random_flip"] is False
+    # Flags changed single entries of the recipe's model.
+    assert config["transformer_config"]["patch_size"] == stated.transformer_config["patch_size"]
+    assert config["transformer_config"]["num_layers"] == 1
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and len(environment["git"]["commit"]) == 40
+    assert DoDPipeline.from_pretrained(tmp_path / "run").transformer.config.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1e-4", "'learning_rat', which is no option"),
+        ("learning_rate: fast", "--learning_rate: invalid float value: 'fast'"),
+        ("weighting: cosmos", "--weighting: invalid choice"),
+        ("a: [", "cannot be read"),
+        ("recipe: other.yaml", "'recipe', which is no option"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_error(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    argv = arguments(tmp_path / "run", "--train_data_dir", tmp_path, "--recipe", tmp_path / "recipe.yaml")
+    with pytest.raises(BadInput, match=message) as error:
+        parse_args(argv, "")
+    assert "\n" not in str(error.value)
+
+
+def test_flags_override_a_recipe_of_every_kind_of_value(tmp_path):
+    recipe = "train_data_dir: images\nstreaming: true\nuse_ema: false\nema_decay: [0.9, 0.99]\nmax_train_steps: 7\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "transformer_config: {patch_size: 4, num_layers: 3}\n")
+    argv = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", "x"]
+    args = parse_args(argv, "")
+    assert args.streaming and not args.use_ema and args.ema_decay == [0.9, 0.99] and args.max_train_steps == 7
+    flags = ["--no-streaming", "--ema_decay", "0.5", "--transformer_config", '{"num_layers": 2}']
+    args = parse_args([*argv, *flags], "")
+    assert not args.streaming and args.ema_decay == [0.5]
+    assert args.transformer_config == {"patch_size": 4, "num_layers": 2}
