@@ -20,7 +20,7 @@ from diffusers_dod.presets import PRESETS
 FREE_KEYS = set(
     "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit "
     "validation_steps report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing "
-    "peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
+    "push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
 )
 PACKAGES = "diffusers-dod torch diffusers transformers accelerate datasets peft safetensors numpy".split()
 
@@ -84,6 +84,7 @@ def build_parser(description: str) -> Parser:
     add("--train_data_dir", help="folder with a subfolder a class, or one that `datasets.save_to_disk` wrote")
     add("--dataset_name", help="dataset of the Hub, its `train` split")
     add("--dataset_config_name")
+    add("--latents_dir", help="cached latents of cache_latents.py, in place of images")
     add("--image_column", default="image")
     add("--label_column", default="label")
     add("--num_classes", type=integer, help="of the model; default: the data's. 0 is unconditional, without labels")
@@ -118,6 +119,13 @@ def build_parser(description: str) -> Parser:
     add("--weighting", choices=("none", "cosmap", "sigma_sqrt"), help="of the loss by sigma, flow only: none")
     add("--embedder_noise", type=real, default=0.0, help="standard deviation of noise on what the embedder reads")
     add("--bottleneck_noise", type=real, default=0.0, help="the same on its codes, relative to their size")
+    add(
+        "--repa_encoder",
+        help="representation alignment (REPA) with this vision model of transformers; `cached`: with the "
+        "features beside the cached latents",
+    )
+    add("--repa_weight", type=real, default=0.5, help="of the alignment loss")
+    add("--repa_layer", type=positive, default=8, help="the transformer's block that is aligned, from 1")
     add = parser.add_argument_group("optimisation").add_argument
     add("--max_train_steps", type=positive, required=True)
     add("--train_batch_size", type=positive, default=16, help="images a process")
@@ -145,6 +153,21 @@ def build_parser(description: str) -> Parser:
     add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
     add("--validation_steps", type=integer, default=1000, help="a sample grid every so many steps; 0 is never")
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard")
+    add(
+        "--push_to_hub",
+        action=switch,
+        default=False,
+        help="push the result with a model card; a failed push is a warning",
+    )
+    add("--hub_model_id", help="repository; default: the name of --output_dir")
+    add("--hub_license", help="licence of the model for its card, such as apache-2.0")
+    add("--hub_private_repo", action=switch, default=None, help="make a new repository private")
+    add(
+        "--hub_push_checkpoints",
+        action=switch,
+        default=False,
+        help="push at every checkpoint as well, beside the training",
+    )
     add("--peak_tflops", type=real, help="of one device, for the MFU; default: a table of GPUs in flops.py")
     return parser
 
@@ -178,10 +201,22 @@ def parse_args(argv: list[str], description: str) -> argparse.Namespace:
     recipe = finder.parse_known_args(argv)[0].recipe
     args = parser.parse_args([*(recipe_arguments(recipe, parser) if recipe else []), *argv])
 
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise BadInput("give either --train_data_dir or --dataset_name")
-    if args.train_data_dir is not None:
-        args.train_data_dir = os.path.abspath(args.train_data_dir)
+    if sum(getattr(args, name) is not None for name in ("train_data_dir", "dataset_name", "latents_dir")) != 1:
+        raise BadInput("give one of --train_data_dir, --dataset_name and --latents_dir")
+    for name in ("train_data_dir", "latents_dir"):
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.abspath(getattr(args, name)))
+    if args.latents_dir is not None and args.streaming:
+        raise BadInput("--latents_dir is not for --streaming: cached latents are read as training goes on anyway")
+    if args.repa_encoder is not None and (args.repa_encoder == "cached") != (args.latents_dir is not None):
+        raise BadInput(
+            "--repa_encoder names a model for images, and is `cached` for --latents_dir: cached latents hold no images, "
+            "but their features where cache_latents.py was given --repa_encoder"
+        )
+    if args.push_to_hub and args.hub_license is None:
+        raise BadInput("--push_to_hub needs --hub_license, such as apache-2.0, for the model card")
+    if args.hub_push_checkpoints and not args.push_to_hub:
+        raise BadInput("--hub_push_checkpoints means nothing without --push_to_hub")
     for name in ("preset", "transformer_config", "embedder_config", "vae_name_or_path"):
         if args.pretrained_model_name_or_path is not None and getattr(args, name) is not None:
             raise BadInput(f"--{name} and --pretrained_model_name_or_path exclude each other: the saved one is used")

@@ -33,6 +33,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from train_arguments import FREE_KEYS, BadData, BadInput, describe_environment, parse_args
-from train_setup import build_optimizer, build_pipeline, export_pipeline, freeze, load_data, make_batches, to_latents
+from train_setup import (
+    build_optimizer,
+    build_pipeline,
+    build_repa,
+    export_pipeline,
+    freeze,
+    load_data,
+    make_batches,
+    to_features,
+    to_latents,
+)
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.averaging import WeightAverages, full_tensors
@@ -64,7 +75,9 @@ from diffusers_dod.checkpoints import (
 )
 from diffusers_dod.cpu_fsdp import enable_fsdp_on_cpu
 from diffusers_dod.flops import PEAK_TFLOPS, training_flops
+from diffusers_dod.hub import BackgroundPush, find_stage_grid
 from diffusers_dod.randomness import row_generators, step_generator
+from diffusers_dod.repa import REPAProjector, repa_loss
 from diffusers_dod.step_guard import StepGuard
 from diffusers_dod.stop_request import StopRequest
 from diffusers_dod.training import count_prior_rows, ddpm_example, dod_loss, flow_example
@@ -80,17 +93,32 @@ NAMES = ("transformer", "latent_embedder")
 
 
 class TrainingModule(torch.nn.Module):
-    """Both models and their loss as one module: one forward for DDP to synchronise and for autocast to cover."""
+    """Both models, REPA's projector and the loss as one module: one forward for DDP to synchronise and autocast to cover."""
 
     # FSDP shards these by themselves.
     _no_split_modules = [*DoDTransformer2DModel._no_split_modules, *DoDLatentEmbedder._no_split_modules]
 
-    def __init__(self, transformer: DoDTransformer2DModel, latent_embedder: DoDLatentEmbedder):
+    def __init__(
+        self,
+        transformer: DoDTransformer2DModel,
+        latent_embedder: DoDLatentEmbedder,
+        repa_projector: REPAProjector | None,
+        repa_layer: int,
+        repa_weight: float,
+    ):
         super().__init__()
-        self.transformer, self.latent_embedder = transformer, latent_embedder
+        self.transformer, self.latent_embedder, self.repa_projector = transformer, latent_embedder, repa_projector
+        self.repa_layer, self.repa_weight = repa_layer, repa_weight
 
-    def forward(self, *inputs):
-        return dod_loss(self.transformer, self.latent_embedder, *inputs)
+    def forward(self, latents, labels, example, prior_rows, weighting, code_noise, features):
+        """Returns what to differentiate, each row's denoising loss, and REPA's loss where it takes part."""
+        inputs = (latents, labels, example, prior_rows, weighting, code_noise)
+        if self.repa_projector is None:
+            loss = dod_loss(self.transformer, self.latent_embedder, *inputs)
+            return loss.total, loss.per_sample, None
+        loss = dod_loss(self.transformer, self.latent_embedder, *inputs, hidden_states_layer=self.repa_layer)
+        alignment = repa_loss(self.repa_projector(loss.hidden_states), features)
+        return loss.total + self.repa_weight * alignment, loss.per_sample, alignment.detach()
 
 
 class StepDraws(NamedTuple):
@@ -182,6 +210,15 @@ def save_result(pipeline: DoDPipeline, output_dir: str, config: dict) -> None:
     write_config(output_dir, {**config, "step": config["max_train_steps"]})
 
 
+def save_for_push(pipeline: DoDPipeline, config: dict, output_dir: str, folder: str) -> None:
+    """A pipeline of the way in a folder of its own, with what its card tells."""
+    pipeline.to("cpu").save_pretrained(folder)
+    write_config(folder, config)
+    grid = find_stage_grid(Path(output_dir))
+    if grid is not None:
+        shutil.copy(grid, Path(folder, "stages.png"))
+
+
 def write_config(output_dir: str, config: dict) -> None:
     path = Path(output_dir, CONFIG_NAME)
     temporary = path.with_name(f"tmp-{CONFIG_NAME}")
@@ -249,6 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     data = load_data(args, accelerator)
     pipeline = build_pipeline(args, data)
     models, vae = [pipeline.transformer, pipeline.latent_embedder], pipeline.vae
+    repa_encoder, repa_projector, token_grid = None, None, None
+    if args.repa_encoder is not None:
+        repa_encoder, repa_projector, token_grid = build_repa(args, data, pipeline.transformer)
     channels = models[0].config.in_channels if vae is None else 3
 
     # 3. What to go on from; nothing was written until here
@@ -285,7 +325,9 @@ def main(argv: list[str] | None = None) -> int:
             model.compile_repeated_blocks()
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
-    module = TrainingModule(*models)
+    if repa_encoder is not None:
+        repa_encoder.to(accelerator.device)
+    module = TrainingModule(*models, repa_projector, args.repa_layer, args.repa_weight)
     optimizer = build_optimizer(args, [p for p in module.parameters() if p.requires_grad])
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
     module, optimizer, lr_scheduler = accelerator.prepare(module, optimizer, lr_scheduler)
@@ -295,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.use_ema:
         trained = {f"{name}.{key}": p for name, m in zip(NAMES, models) for key, p in trained_parameters(m).items()}
         averages = WeightAverages(trained, args.ema_decay)
-    register_model_hooks(accelerator, dict(zip(NAMES, models)), averages)
+    saved_models = dict(zip(NAMES, models)) | ({"repa_projector": repa_projector} if repa_projector else {})
+    register_model_hooks(accelerator, saved_models, averages)
     accelerator.register_for_checkpointing(guard)
     stream_state = None
     if checkpoint is not None:
@@ -316,9 +359,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         saved = step
 
+    push = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repository = args.hub_model_id or Path(args.output_dir).resolve().name
+        push = BackgroundPush(repository, license=args.hub_license, private=args.hub_private_repo)
+
     # 5. Training
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
-    totals = torch.zeros(5, device=accelerator.device)  # with a prior and without: losses and rows; who shall stop
+    # With a prior and without: losses and rows; REPA's loss; who shall stop
+    totals = torch.zeros(6, device=accelerator.device)
     saved, stopped = step, None
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     with StopRequest() as stop:
@@ -342,26 +391,29 @@ def main(argv: list[str] | None = None) -> int:
                 mirrored, without_class, times = (draw[rows].to(accelerator.device) for draw in draws[:3])
                 prior_rows = int((rows < draws.num_prior_rows).sum())
 
-                # Latents, noise and class drop
+                # Latents, features, noise and class drop
                 latents = to_latents(batch, vae, mirrored, generators)
+                features = None if token_grid is None else to_features(batch, repa_encoder, token_grid, mirrored)
                 example, weighting = make_example(args, latents, times, generators, noise_scheduler)
                 latents, code_noise = embedder_inputs(args, latents, generators, models[1])
                 labels = torch.where(without_class, models[0].config.num_classes, batch["label"])
 
                 # Loss and gradients
                 with accelerator.accumulate(module):
-                    loss = module(latents, labels, example, prior_rows, weighting, code_noise)
-                    accelerator.backward(loss.total)
-                for total, part in zip(
-                    totals[:4].view(2, 2), loss.per_sample.split([prior_rows, len(rows) - prior_rows])
-                ):
+                    loss, per_sample, alignment = module(
+                        latents, labels, example, prior_rows, weighting, code_noise, features
+                    )
+                    accelerator.backward(loss)
+                if alignment is not None:
+                    totals[4] += alignment / shares
+                for total, part in zip(totals[:4].view(2, 2), per_sample.split([prior_rows, len(rows) - prior_rows])):
                     total += torch.stack([part.sum(), part.new_tensor(len(part))])
 
             # The step, unless it would do harm
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm or float("inf"))
             grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-            totals[4] = stop.signal is not None
-            with_prior, with_rows, without_prior, without_rows, stops = accelerator.reduce(totals).tolist()
+            totals[5] = stop.signal is not None
+            with_prior, with_rows, without_prior, without_rows, alignment, stops = accelerator.reduce(totals).tolist()
             totals.zero_()
             logs = {"loss": (with_prior + without_prior) / images_a_step}
             problem = guard.reason_to_skip(logs["loss"], grad_norm)
@@ -383,6 +435,8 @@ def main(argv: list[str] | None = None) -> int:
                 logs["loss_with_prior"] = with_prior / with_rows
             if without_rows:
                 logs["loss_without_prior"] = without_prior / without_rows
+            if token_grid is not None:
+                logs["loss_repa"] = alignment
             logs.update(lr=lr_scheduler.get_last_lr()[0], grad_norm=grad_norm, skipped=guard.skipped)
             logs.update(images_per_second=images_a_step / seconds, loading_share=loading / seconds)
             if peak is not None:
@@ -401,10 +455,14 @@ def main(argv: list[str] | None = None) -> int:
                     save(step)
                 except CheckpointNotWritten as error:
                     logger.warning(f"{error}. Training goes on.")
-            if args.validation_steps and step % args.validation_steps == 0 and not stops:
+            validates = args.validation_steps and step % args.validation_steps == 0
+            pushes = args.hub_push_checkpoints and step % args.checkpointing_steps == 0
+            if (validates or pushes) and not stops:
                 sampler = averaged_pipeline(accelerator, pipeline, averages)
-                if sampler is not None:
+                if validates and sampler is not None:
                     validate(sampler, accelerator, args, step)
+                if pushes and sampler is not None:
+                    push.submit(partial(save_for_push, sampler, {**config, "step": step}, args.output_dir))
 
         # 6. The last checkpoint, and the pipeline in the folder itself
         progress.close()
@@ -420,6 +478,10 @@ def main(argv: list[str] | None = None) -> int:
     if result is not None:
         save_result(result, args.output_dir, config)
     accelerator.end_training()
+    if push is not None:  # the other processes need not wait for it
+        address = push.finish(args.output_dir)
+        if address is not None:
+            print(f"Pushed: {address}")
     return 0
 
 

@@ -16,17 +16,20 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from train_arguments import BadData, BadInput, resolve_objective
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.autoencoding import encode_images, vae_latent_channels, vae_spatial_factor
 from diffusers_dod.data_order import BatchSampler, EpochOrder
 from diffusers_dod.image_data import collate_images, inspect_images, load_labelled_images, read_image
+from diffusers_dod.latent_cache import CachedLatents, sample_posterior, select_flip
+from diffusers_dod.latent_cache_writing import vae_settings
 from diffusers_dod.presets import PRESETS
+from diffusers_dod.repa import REPAEncoder, REPAProjector
 from diffusers_dod.streaming import ShuffledStream, StreamedRows
 
 
@@ -35,9 +38,9 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class TrainingData(NamedTuple):
-    """`rows` are undecoded images with labels; `size` is their number, unknown for a stream."""
+    """`rows` are undecoded images or latents, with labels; `size` is their number, unknown for a stream."""
 
-    rows: datasets.Dataset | datasets.IterableDataset
+    rows: datasets.Dataset | datasets.IterableDataset | CachedLatents
     num_classes: int
     id2label: dict[int, str] | None
     is_gray: bool
@@ -45,7 +48,9 @@ class TrainingData(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
-    """The images to train on, of which broken ones were left out or refused unless they are streamed."""
+    """The images to train on, of which broken ones were left out or refused unless they are streamed; or latents."""
+    if args.latents_dir is not None:
+        return load_latents(args)
     try:
         with accelerator.main_process_first():
             data, class_names = load_labelled_images(
@@ -73,6 +78,31 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingDat
             raise BadInput(f"the data has {num_classes} classes, so --num_classes cannot be {args.num_classes}")
         num_classes = args.num_classes
     return TrainingData(data, num_classes, id2label, is_gray, size)
+
+
+def load_latents(args: argparse.Namespace) -> TrainingData:
+    """Cached latents, whose resolution becomes `args.resolution`."""
+    try:
+        cache = CachedLatents(args.latents_dir)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if args.random_flip and not cache.flips:
+        raise BadInput(
+            f"{args.latents_dir} holds no mirrored images: cache it with --flips, or leave out --random_flip"
+        )
+    if args.repa_encoder is not None and not cache.settings["features"]:
+        raise BadInput(f"{args.latents_dir} holds no features: cache it with --repa_encoder")
+    resolution = cache.settings["resolution"]
+    if args.resolution not in (None, resolution):
+        raise BadInput(
+            f"{args.latents_dir} is of resolution {resolution}, so --resolution cannot be {args.resolution}"
+        )
+    args.resolution = resolution
+    num_classes = cache.num_classes if args.num_classes is None else args.num_classes
+    if 0 < num_classes < cache.num_classes:
+        raise BadInput(f"the data has {cache.num_classes} classes, so --num_classes cannot be {num_classes}")
+    id2label = dict(enumerate(cache.class_names)) if cache.class_names and num_classes else None
+    return TrainingData(cache, num_classes, id2label, False, len(cache))
 
 
 def check_images(args: argparse.Namespace, data: datasets.Dataset, accelerator: Accelerator):
@@ -124,6 +154,14 @@ def collate_streamed(item: tuple[list[dict], str], skip_broken: bool, **kwargs) 
     return {**collate_rows(rows, **kwargs), "state": state}
 
 
+def collate_latents(rows: list[dict], has_classes: bool) -> dict:
+    """Rows of a cache to a batch, with a `name` of each for messages."""
+    batch = default_collate(rows)
+    if not has_classes:
+        batch["label"] = torch.zeros_like(batch["label"])
+    return {**batch, "name": [f"image {number}" for number in batch["id"].tolist()]}
+
+
 def ignore_interrupts(_) -> None:
     """Workers leave it to the training process to end well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -143,12 +181,18 @@ def make_batches(
         collate = partial(collate_streamed, skip_broken=args.on_broken_image == "skip", **kwargs)
         loader = DataLoader(StreamedRows(), batch_size=None, collate_fn=collate, **options)
     else:
-        order = EpochOrder(data.size, args.seed, data.rows["label"][:] if args.sampling == "balanced" else None)
+        is_cached, labels = isinstance(data.rows, CachedLatents), None
+        if args.sampling == "balanced":
+            labels = data.rows.labels.tolist() if is_cached else data.rows["label"][:]
+        order = EpochOrder(data.size, args.seed, labels)
         processes = (accelerator.num_processes, accelerator.process_index)
         options["batch_sampler"] = BatchSampler(
             order, args.train_batch_size, *processes, args.gradient_accumulation_steps, first_step=step
         )
-        loader = DataLoader(data.rows, collate_fn=partial(collate_rows, **kwargs), **options)
+        collate = partial(collate_rows, **kwargs)
+        if is_cached:
+            collate = partial(collate_latents, has_classes=data.num_classes > 0)
+        loader = DataLoader(data.rows, collate_fn=collate, **options)
     try:
         yield from loader
     except ValueError as error:  # from a worker with its traceback before it
@@ -159,10 +203,58 @@ def to_latents(
     batch: dict, vae: ModelMixin | None, mirrored: torch.Tensor, generators: list[torch.Generator]
 ) -> torch.Tensor:
     """Clean latents of a batch in float32, the `mirrored` rows flipped, posteriors sampled by the rows' generators."""
-    images = batch["pixels"].float() / 127.5 - 1
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    if "mean" in batch:
+        mean, std = select_cached(batch["mean"], mirrored), batch.get("std")
+        if std is None:
+            return sample_posterior(mean)
+        noise = randn_tensor(mean.shape, generator=generators, device=mean.device)
+        return sample_posterior(mean, select_cached(std, mirrored), noise)
     with torch.no_grad():
-        return encode_images(vae, images, generators, sample_posterior=True).float()
+        return encode_images(vae, to_images(batch, mirrored), generators, sample_posterior=True).float()
+
+
+def to_images(batch: dict, mirrored: torch.Tensor) -> torch.Tensor:
+    """A batch's images in [-1, 1], the `mirrored` rows flipped."""
+    images = batch["pixels"].float() / 127.5 - 1
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def select_cached(values: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Of each row, the image or its mirror image; a cache without those has none to mirror."""
+    return select_flip(values, mirrored if values.shape[1] == 2 else None)
+
+
+def to_features(
+    batch: dict, encoder: REPAEncoder | None, grid: tuple[int, int], mirrored: torch.Tensor
+) -> torch.Tensor:
+    """What REPA aligns hidden states with, `(batch, tokens, width)`: cached, or encoded from the images."""
+    if encoder is None:
+        return select_cached(batch["features"], mirrored).float()
+    return encoder(to_images(batch, mirrored), grid)
+
+
+def build_repa(
+    args: argparse.Namespace, data: TrainingData, transformer: DoDTransformer2DModel
+) -> tuple[REPAEncoder | None, REPAProjector, tuple[int, int]]:
+    """REPA's encoder (none for cached features), its projector, and the grid of the transformer's tokens."""
+    if args.repa_layer > transformer.config.num_layers:
+        raise BadInput(
+            f"--repa_layer {args.repa_layer} is beyond the transformer's {transformer.config.num_layers} blocks"
+        )
+    grid = (transformer.config.sample_size // transformer.config.patch_size,) * 2
+    if args.repa_encoder == "cached":
+        features = data.rows.settings["features"]
+        if tuple(features["grid"]) != grid:
+            raise BadInput(
+                f"the cached features are of {features['grid']} tokens but the transformer has {list(grid)}: cache them "
+                f"with --patch_size {transformer.config.patch_size}"
+            )
+        return None, REPAProjector(transformer.inner_dim, features["width"]), grid
+    try:
+        encoder = REPAEncoder.from_pretrained(args.repa_encoder, cache_dir=args.cache_dir)
+    except Exception as error:  # missing, private, offline, no vision model: transformers raises many kinds
+        raise BadInput(f"--repa_encoder {args.repa_encoder}: {str(error).strip().splitlines()[0]}") from error
+    return encoder, REPAProjector(transformer.inner_dim, encoder.width), grid
 
 
 def load_component(loader: type, path: str, **kwargs):
@@ -207,6 +299,14 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
             )
     elif args.vae_name_or_path is not None:
         vae = load_component(AutoModel, args.vae_name_or_path, subfolder=args.vae_subfolder, cache_dir=args.cache_dir)
+    elif args.latents_dir is not None:
+        origin = {"path": data.rows.manifest["vae_name_or_path"], "subfolder": data.rows.manifest["vae_subfolder"]}
+        vae = load_component(AutoModel, **origin, cache_dir=args.cache_dir)
+    if args.latents_dir is not None and (vae is None or not vae_settings(vae).items() <= data.rows.settings.items()):
+        raise BadInput(
+            f"{args.latents_dir} was made with another VAE than "
+            f"{args.pretrained_model_name_or_path or args.vae_name_or_path or origin['path']} is"
+        )
     args.prediction_type = args.prediction_type or "flow"
     resolve_objective(args)
 
@@ -290,8 +390,7 @@ def export_pipeline(
         copy.load_state_dict(state_dict)
         if getattr(model, "peft_config", None):
             if lora_dir is not None:
-                # Any pipeline's would do: it writes `pytorch_lora_weights.safetensors` with the prefix `transformer.`.
-                SD3LoraLoaderMixin.save_lora_weights(lora_dir, transformer_lora_layers=get_peft_model_state_dict(copy))
+                DoDPipeline.save_lora_weights(lora_dir, transformer_lora_layers=get_peft_model_state_dict(copy))
             copy.fuse_lora()
             copy.unload_lora()
         copies[name] = copy.eval()

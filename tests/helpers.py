@@ -1,11 +1,17 @@
 """Tiny models with random weights, so that parts that start at zero act."""
 
 import multiprocessing
+import os
+import sys
+from pathlib import Path
 
 import diffusers
 import torch
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def randomize_weights(model, seed=0, std=0.2):
@@ -72,9 +78,9 @@ def tiny_pipeline(**overrides):
 
 
 def process_context():
-    """Real processes that start fast: forked from a server that has imported the libraries and run nothing yet."""
+    """Real processes that start fast: forked from a server that has imported libraries and scripts and run nothing yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed", "accelerate", "diffusers_dod.image_data", "diffusers_dod.repa"]
-    )
+    # The server finds what it imports by the environment alone, and is silent about what it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(EXAMPLES), str(Path(__file__).parent), *sys.path]))
+    context.set_forkserver_preload(["torch.distributed", "train_dod", "training_runs", "diffusers_dod.repa"])
     return context

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from training_runs import NAMES, arguments, assert_equal_tensors, finish, start, weights, write_digits
+from training_runs import NAMES, arguments, assert_equal_tensors, cache_digits, finish, start, weights, write_digits
 
 from diffusers_dod import DoDPipeline
 
@@ -20,7 +20,7 @@ STEPS = 48
 OPTIONS = ("--resolution", 14, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--random_flip")
 OPTIONS += ("--lr_scheduler", "cosine", "--learning_rate", 1e-3, "--ema_decay", 0.9, 0.99, "--checkpointing_steps", 2)
 OPTIONS += ("--class_drop", 0.3, "--prior_drop", 0.3, "--max_train_steps", STEPS)
-DATA = {"images": (), "stream": ("--streaming", "--shuffle_buffer_size", 5)}
+DATA = {"images": (), "stream": ("--streaming", "--shuffle_buffer_size", 5), "latents": ()}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,10 @@ def digits(tmp_path_factory):
 def unbroken(request, digits, tmp_path_factory):
     """A run that nothing disturbed, and its options."""
     folder = tmp_path_factory.mktemp("unbroken")
-    options = ("--train_data_dir", digits, *OPTIONS, *DATA[request.param])
+    data = ("--train_data_dir", digits)
+    if request.param == "latents":
+        data = ("--latents_dir", cache_digits(digits, folder, "--flips"))
+    options = (*data, *OPTIONS, *DATA[request.param])
     assert finish(start(arguments(folder / "run", *options), folder / "log")) == 0, (folder / "log").read_text()
     return folder / "run", options
 

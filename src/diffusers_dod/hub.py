@@ -19,7 +19,6 @@ from typing import Any
 import diffusers
 import torch
 import yaml
-from accelerate import init_empty_weights
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
@@ -125,7 +124,8 @@ def check_folder(folder: str | Path, license: str | None = None) -> list[str]:
     for name, cls in components.items():
         try:
             config = cls.load_config(folder / name)
-            with init_empty_weights():
+            # Not accelerate's `init_empty_weights`, which would reach the models that other threads build.
+            with torch.device("meta"):
                 loaded[name] = cls.from_config(config)
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"{name}: {str(error).strip().splitlines()[0]}")
@@ -322,10 +322,10 @@ class BackgroundPush:
 
         push = BackgroundPush("user/model", license="mit")
         push.submit(pipeline.save_pretrained)  # in the loop: saves now, uploads in a thread
-        push.finish(pipeline.save_pretrained)  # at the end: waits for that, then pushes the last state
+        push.finish("outputs/mine")            # at the end: waits for that, then pushes the finished folder
 
     Args:
-        repo_id (`str`): repository.
+        repo_id (`str`): repository; one that cannot be made is told at once, not after the training.
         kwargs: arguments of [`push_folder`].
     """
 
@@ -333,6 +333,10 @@ class BackgroundPush:
         self.repo_id, self.arguments = repo_id, kwargs
         self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self.running: Future | None = None
+        try:
+            HfApi(token=kwargs.get("token")).create_repo(repo_id, private=kwargs.get("private"), exist_ok=True)
+        except Exception as error:  # whatever the network or the server did, the training is worth more
+            logger.warning(f"{repo_id} cannot be made on the Hub, so pushes will fail: {error}")
 
     def submit(self, save: Callable[[str], Any]) -> None:
         """Saves the model by `save(folder)` and pushes the folder; does neither while an earlier push still runs."""
@@ -340,22 +344,30 @@ class BackgroundPush:
             logger.warning(f"The push to {self.repo_id} before this one still runs, so this one is left out.")
             return
         scratch = tempfile.TemporaryDirectory()
-        save(scratch.name)
-        self.running = self.threads.submit(self._push, scratch)
 
-    def finish(self, save: Callable[[str], Any]) -> None:
-        """Waits for the push that runs, then pushes what `save(folder)` writes and waits for that, too."""
+        def push() -> None:
+            with scratch as folder:
+                self._push(folder)
+
+        try:
+            save(scratch.name)
+        except OSError as error:  # a full disk
+            scratch.cleanup()
+            logger.warning(f"The model could not be saved for a push to {self.repo_id}: {error}")
+            return
+        self.running = self.threads.submit(push)
+
+    def finish(self, folder: str | Path) -> str | None:
+        """Waits for the push that runs, then pushes a folder; returns the commit's address, `None` if it failed."""
         self.threads.shutdown(wait=True)
-        scratch = tempfile.TemporaryDirectory()
-        save(scratch.name)
-        self._push(scratch)
+        return self._push(folder)
 
-    def _push(self, scratch: tempfile.TemporaryDirectory) -> None:
-        with scratch as folder:
-            try:
-                logger.info(f"Pushed: {push_folder(folder, self.repo_id, **self.arguments)}")
-            except Exception as error:  # whatever the network or the server did, the training is worth more
-                logger.warning(f"The push to {self.repo_id} failed, the training goes on: {error}")
+    def _push(self, folder: str | Path) -> str | None:
+        try:
+            return push_folder(folder, self.repo_id, **self.arguments)
+        except Exception as error:
+            logger.warning(f"The push to {self.repo_id} failed: {error}")
+            return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,17 @@ from .latent_cache import ADVICE, FORMAT_VERSION, MANIFEST_NAME, check_shard, re
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def vae_settings(vae: ModelMixin) -> dict[str, Any]:
+    """By what an autoencoder is known again in a cache's settings, wherever it was loaded from."""
+    scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    settings = {
+        "vae_class": type(vae).__name__,
+        "vae_weights_sha256": weights_sha256(vae),
+        "vae_scaling": {name: vae.config[name] for name in scaling if vae.config.get(name) is not None},
+    }
+    return json.loads(json.dumps(settings))
+
+
 @torch.no_grad()
 def cache_settings(
     vae: ModelMixin,
@@ -44,11 +55,8 @@ def cache_settings(
         `dict`: the settings, as JSON reads them.
     """
     mean, std = encode_posterior(vae, torch.zeros(1, 3, resolution, resolution, device=vae.device))
-    scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     settings = {
-        "vae_class": type(vae).__name__,
-        "vae_weights_sha256": weights_sha256(vae),
-        "vae_scaling": {name: vae.config[name] for name in scaling if vae.config.get(name) is not None},
+        **vae_settings(vae),
         "resolution": resolution,
         "latent_shape": mean.shape[1:],
         "has_std": std is not None,

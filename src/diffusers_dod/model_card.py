@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "diffusers-dod", "diffusion-on-diffusion", "class-conditional"]
 # Of the training's configuration, what says nothing about the model or names the user's own folders.
-PRIVATE_KEYS = ("_dir", "_path", "_config", "_dirs", "report_to", "resume_from_checkpoint", "recipe")
+PRIVATE_KEYS = re.compile(r"push_to_hub|hub_.*|report_to|resume_from_checkpoint|recipe|.*_(dir|path|config)")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def training_table(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if isinstance(value, (int, float, str, list)) and value != "" and not key.endswith(PRIVATE_KEYS)
+        if isinstance(value, (int, float, str, list)) and value != "" and not PRIVATE_KEYS.fullmatch(key)
     }
 
 
