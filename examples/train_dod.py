@@ -269,7 +269,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:  # a precision that the machine lacks
         raise BadInput(str(error)) from error
-    enable_fsdp_on_cpu(accelerator)
+    try:
+        enable_fsdp_on_cpu(accelerator)
+    except NotImplementedError as error:
+        raise BadInput(str(error)) from error
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP means FSDP2 here: set fsdp_version to 2 in accelerate's configuration")
     if accelerator.scaler is not None and args.spike_factor is not None:
@@ -295,8 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     config = {**vars(args), "num_images": data.size, "images_a_step": images_a_step}
     # A stream's order and shards of weights belong to their number of processes.
     config["stream"] = [accelerator.num_processes, args.train_batch_size] if args.streaming else None
-    config["distributed_type"] = (
-        "DDP" if "MULTI" in accelerator.distributed_type else str(accelerator.distributed_type)
+    config["sharding"] = (
+        accelerator.distributed_type if accelerator.distributed_type in ("FSDP", "DEEPSPEED") else None
     )
     for name, model in zip(("transformer_config", "embedder_config"), models):
         config[name] = {key: value for key, value in model.config.items() if not key.startswith("_")}
@@ -343,7 +346,8 @@ def main(argv: list[str] | None = None) -> int:
     stream_state = None
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
-        stream_state = load_process_state(accelerator, checkpoint)["stream"]
+        if args.streaming:
+            stream_state = load_process_state(accelerator, checkpoint)["stream"]
         accelerator.print(f"Going on from {checkpoint}.")
     if args.report_to != "none":
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in config.items()}
@@ -355,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal saved
         save_checkpoint(
             *(accelerator, args.output_dir, step, config, args.checkpoints_total_limit),
-            process_state={"stream": stream_state},
+            process_state={"stream": stream_state} if args.streaming else None,
         )
         saved = step
 

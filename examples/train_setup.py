@@ -259,7 +259,8 @@ def build_repa(
 
 def load_component(loader: type, path: str, **kwargs):
     try:
-        return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
+        with torch.device("cpu"):  # whatever the default device
+            return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
     except Exception as error:  # missing, private, offline, another class: the libraries raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path} cannot be loaded as {loader.__name__}: {reason}") from error

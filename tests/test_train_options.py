@@ -1,6 +1,5 @@
 """What the options of the training script do to its result: LoRA, frozen parts, kinds of data, bad batches."""
 
-import json
 import math
 import shutil
 
@@ -222,8 +221,6 @@ def test_throughput_and_utilisation_are_logged(digits, tmp_path):
     # Both follow from the same seconds.
     ratio = np.array(series["mfu"]) / np.array(series["images_per_second"])
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(

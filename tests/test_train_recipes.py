@@ -1,5 +1,6 @@
 """Every recipe: its options, the sizes that it states, and two steps of it at a reduced width."""
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,13 @@ from training_runs import EXAMPLES, arguments, write_digits
 from diffusers_dod import DoDPipeline
 
 
-RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+needs_rae = pytest.mark.skipif(
+    not hasattr(diffusers, "AutoencoderRAE"), reason="this diffusers has no AutoencoderRAE: 0.36 has none"
+)
+RECIPES = [
+    pytest.param(path, marks=[needs_rae] if "rae" in path.stem else [], id=path.stem)
+    for path in sorted((EXAMPLES / "recipes").glob("*.yaml"))
+]
 NARROW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "adaln_rank": 4}
 NARROW_EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
@@ -48,7 +55,7 @@ def recipe_args(recipe: Path, folder: Path, *flags) -> list[str]:
     return argv
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
     classes, *stated = re.search(
         r"# Parameters with (\d+) classes: transformer ([\d,]+), embedder ([\d,]+)", recipe.read_text()
@@ -64,7 +71,7 @@ def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
         assert (model.config.sample_size, model.config.in_channels) == expected
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
     import train_dod
 
@@ -84,7 +91,10 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
     assert config["transformer_config"]["patch_size"] == stated.transformer_config["patch_size"]
     assert config["transformer_config"]["num_layers"] == 1
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__ and len(environment["git"]["commit"]) == 40
+    assert (
+        environment["versions"]["torch"] == importlib.metadata.version("torch")
+        and len(environment["git"]["commit"]) == 40
+    )
     assert DoDPipeline.from_pretrained(tmp_path / "run").transformer.config.num_layers == 1
 
 
