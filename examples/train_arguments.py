@@ -20,7 +20,7 @@ from diffusers_dod.presets import PRESETS
 FREE_KEYS = set(
     "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit "
     "validation_steps report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing "
-    "push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
+    "evaluation_samples evaluation_reference evaluation_extractor push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
 )
 PACKAGES = "diffusers-dod torch diffusers transformers accelerate datasets peft safetensors numpy".split()
 
@@ -152,6 +152,9 @@ def build_parser(description: str) -> Parser:
     add("--checkpoints_total_limit", type=positive, help="keep no more than these")
     add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
     add("--validation_steps", type=integer, default=1000, help="a sample grid every so many steps; 0 is never")
+    add("--evaluation_samples", type=integer, default=0, help="of every stage, for metrics beside the grid; 0 is none")
+    add("--evaluation_reference", help="what they are compared with: a folder of images, an .npz of ADM, or a dataset")
+    add("--evaluation_extractor", default="inception", help="inception, or a vision model of transformers")
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard")
     add(
         "--push_to_hub",
@@ -213,6 +216,8 @@ def parse_args(argv: list[str], description: str) -> argparse.Namespace:
             "--repa_encoder names a model for images, and is `cached` for --latents_dir: cached latents hold no images, "
             "but their features where cache_latents.py was given --repa_encoder"
         )
+    if (args.evaluation_samples > 0) != (args.evaluation_reference is not None):
+        raise BadInput("--evaluation_samples and --evaluation_reference need each other")
     if args.push_to_hub and args.hub_license is None:
         raise BadInput("--push_to_hub needs --hub_license, such as apache-2.0, for the model card")
     if args.hub_push_checkpoints and not args.push_to_hub:

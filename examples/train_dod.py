@@ -363,7 +363,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         saved = step
 
-    push = None
+    evaluation, push = None, None
+    if args.evaluation_samples and accelerator.is_main_process:
+        try:
+            from train_evaluation import TrainingEvaluation  # needs torchmetrics, which training does not
+
+            evaluation = TrainingEvaluation(args, accelerator.device)
+        except (ValueError, OSError, ImportError) as error:
+            raise BadData(f"--evaluation_reference, --evaluation_extractor: {error}") from error
     if args.push_to_hub and accelerator.is_main_process:
         repository = args.hub_model_id or Path(args.output_dir).resolve().name
         push = BackgroundPush(repository, license=args.hub_license, private=args.hub_private_repo)
@@ -465,6 +472,8 @@ def main(argv: list[str] | None = None) -> int:
                 sampler = averaged_pipeline(accelerator, pipeline, averages)
                 if validates and sampler is not None:
                     validate(sampler, accelerator, args, step)
+                    if evaluation is not None:
+                        accelerator.log(evaluation(sampler), step=step)
                 if pushes and sampler is not None:
                     push.submit(partial(save_for_push, sampler, {**config, "step": step}, args.output_dir))
 

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_vae
 from hub_server import TOKEN, HubServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
     SCRIPT,
     arguments,
@@ -119,6 +121,7 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
         (("--vae_name_or_path", "{other}"), "was made with another VAE than"),
         (("--train_data_dir", "x"), "give one of --train_data_dir, --dataset_name and --latents_dir"),
         (("--push_to_hub",), "--push_to_hub needs --hub_license"),
+        (("--evaluation_samples", 8), "--evaluation_samples and --evaluation_reference need each other"),
     ],
 )
 def test_what_does_not_fit_the_cache_is_one_line(options, message, digits, cache, tmp_path, capsys):
@@ -140,6 +143,18 @@ def test_unconditional_and_balanced_training_on_latents(cache, tmp_path):
     )
     assert (free, balanced) == (0, 0), (tmp_path / "free/log").read_text()
     assert DoDPipeline.from_pretrained(tmp_path / "free/run").transformer.config.num_classes == 0
+
+
+def test_metrics_of_every_stage_are_logged_beside_the_grid(digits, encoder, tmp_path):
+    data = ("--train_data_dir", digits, "--resolution", 14, "--validation_steps", 2, "--report_to", "tensorboard")
+    options = ("--evaluation_samples", 7, "--evaluation_reference", digits, "--evaluation_extractor", encoder)
+    run = train(tmp_path, *data, *options, "--max_train_steps", 4)
+    events = EventAccumulator(str(run / "logs" / "train_dod")).Reload()
+    for metric in ("fd", "kid", "precision", "recall", "coverage"):
+        for stage in (1, 2):
+            points = events.Scalars(f"evaluation/{metric}_stage_{stage}")
+            assert [point.step for point in points] == [2, 4] and all(np.isfinite(point.value) for point in points)
+    assert events.Scalars("evaluation/fd_stage_1")[0].value > 0
 
 
 def test_training_pushes_on_its_way_and_at_its_end_and_survives_a_hub_that_fails(digits, tmp_path):

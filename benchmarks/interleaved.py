@@ -1,0 +1,45 @@
+"""Ratios of two times that were measured in turn, so that a noisy machine is as noisy for both."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Ratio(NamedTuple):
+    """Medians in seconds of both, and the median of the ratios of neighbours with the quartiles around it."""
+
+    ours: float
+    rival: float
+    ratio: float
+    low: float
+    high: float
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock time of one call, on a GPU until it is idle."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], object], rival: Callable[[], object], repeats: int) -> Ratio:
+    """Runs both once to warm up, then in turn, each first in every other pair."""
+    ours(), rival()
+    pairs = []
+    for repeat in range(repeats):
+        if repeat % 2:
+            second, first = seconds(rival), seconds(ours)
+        else:
+            first, second = seconds(ours), seconds(rival)
+        pairs.append((first, second))
+    ratios = [first / second for first, second in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    mine, other = (statistics.median(times) for times in zip(*pairs))
+    return Ratio(mine, other, statistics.median(ratios), low, high)
