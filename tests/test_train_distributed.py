@@ -57,11 +57,12 @@ def test_accumulated_gradients_are_those_of_the_large_batch(options, one_process
 
 @pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=needs_fsdp)], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_resume(options, one_process, tmp_path, environment):
-    options += ("--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    options += ("--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--validation_steps", 20)
     assert start_together(arguments(tmp_path / "run", *options), tmp_path, 2, **environment) == [0, 0], (
         tmp_path / "log-0"
     ).read_text()
     assert_close(tmp_path / "run", one_process)
+    assert (tmp_path / "run" / "samples" / "step_20.png").is_file()
     sharded = list((tmp_path / "run" / "checkpoint-10").glob("optimizer_0/*.distcp"))
     assert len(sharded) == (2 if environment else 0)
     # Killed after step 10

@@ -22,6 +22,7 @@ from training_runs import (
     TRANSFORMER,
     arguments,
     assert_equal_tensors,
+    start_together,
     weights,
     write_digits,
 )
@@ -33,11 +34,8 @@ from diffusers_dod.image_data import center_crop, collate_images
 DIGITS = (0, 1, 4)
 
 
-def launch(*args, processes=1, **configs) -> subprocess.CompletedProcess:
+def launch(*args, **configs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    if processes > 1:
-        # Without MPI, `accelerate launch --cpu` starts one process, whatever it is told; accelerate reads torchrun's.
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(SCRIPT), *arguments(*args, **configs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -231,12 +229,10 @@ def test_two_processes_train_where_a_batch_may_see_no_prior_and_skip_broken_imag
     (data / "digit 1" / "broken.png").write_bytes(whole[: len(whole) // 2])
     (data / "digit 1" / "notes.txt").write_text("not an image")
     output_dir = tmp_path / "run"
-    log = launch_well(
-        *(output_dir, "--train_data_dir", data, "--resolution", 14, "--on_broken_image", "skip"),
-        *("--train_batch_size", batch_size, "--prior_drop", prior_drop, "--max_train_steps", 4),
-        *("--checkpointing_steps", 4, "--learning_rate", 1e-2),
-        processes=2,
-    )
+    options = ("--train_data_dir", data, "--resolution", 14, "--on_broken_image", "skip", "--max_train_steps", 4)
+    options += ("--train_batch_size", batch_size, "--prior_drop", prior_drop, "--learning_rate", 1e-2)
+    assert start_together(arguments(output_dir, *options), tmp_path, 2) == [0, 0]
+    log = (tmp_path / "log-0").read_text()
     assert "Skipped 1 images, 3 are left" in log and "broken.png" in log
     assert ("loss_with_prior=" in log) == (prior_drop < 1)
     assert (output_dir / "checkpoint-4" / "random_states_1.pkl").is_file()
