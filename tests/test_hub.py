@@ -41,9 +41,9 @@ def again(load, *arguments, **options):
         return load(*arguments, **options)
 """
 # What a user without this package has; the tests run with it installed.
-WITHOUT_PACKAGE = f"""
-import importlib.util, sys
-sys.path = [path for path in sys.path if path not in ({SOURCE!r}, "")]
+WITHOUT_PACKAGE = """
+import importlib.util, os, sys
+sys.path = [path for path in sys.path if path and not os.path.isdir(os.path.join(path, "diffusers_dod"))]
 assert importlib.util.find_spec("diffusers_dod") is None
 """
 
@@ -279,8 +279,8 @@ def test_push_that_breaks_leaves_nothing_and_the_next_one_goes_on(hub, tmp_path)
     assert repository.private and len(repository.commits) == 2  # the empty one and the third push's
     attempts = " ".join(hub.requests[first:]).split("POST /api/repos/create")[1:]
     sent = [re.findall(r"PUT /lfs-upload/(\w+)", attempt) for attempt in attempts]
-    # Three large files and the one refusal: what arrived by one attempt is not sent by the next.
-    assert len(sum(sent, [])) == 4 and len(set(sum(sent, []))) == 3 and sent[2] == []
+    # Every large file once and the one refusal: what arrived by one attempt is not sent by the next.
+    assert len(sum(sent, [])) == len(set(sum(sent, []))) + 1 and len(set(sent[0])) > 1 and sent[2] == []
     done = push(hub, tmp_path, folder, "user/broken", "--license", "mit", HF_TOKEN="hf_wrong")
     assert done.returncode == 1 and "401" in done.stderr
 

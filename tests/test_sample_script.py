@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
+from helpers import process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from diffusers_dod.hub import check_folder
@@ -45,6 +44,14 @@ def sample(model, folder, *arguments, threads=1):
     return status
 
 
+def run_script(arguments, log, environment):
+    """In a process of its own."""
+    os.environ.update(environment)
+    sys.stderr = open(log, "w", buffering=1)
+    torch.set_num_threads(1)
+    sample_dod.main(arguments)
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("stage-2/*.png"))}
 
@@ -61,8 +68,8 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     assert contents(tmp_path / "large") == contents(drawn) and len(contents(drawn)) == 40
 
     # Two processes, killed on the way; one finishes what they left.
-    command = [sys.executable, EXAMPLES / "sample_dod.py", "--model", model, "--output_dir", tmp_path / "killed"]
-    command += "--batch_size 3 --num_inference_steps 3 --num_images 40 --stages all".split()
+    command = ["--model", model, "--output_dir", tmp_path / "killed", "--stages", "all"]
+    command = [*map(str, command), *"--batch_size 3 --num_inference_steps 3 --num_images 40".split()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -70,17 +77,16 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     processes = []
     for rank in ("0", "1"):  # as torchrun starts them
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        with open(tmp_path / f"errors-{rank}", "w") as errors:
-            processes.append(
-                subprocess.Popen([*map(str, command)], env={**os.environ, **shared, **own}, stderr=errors)
-            )
+        log = str(tmp_path / f"errors-{rank}")
+        processes.append(process_context().Process(target=run_script, args=(command, log, shared | own)))
+        processes[-1].start()
     shares = set()
-    while shares != {0, 1} and all(process.poll() is None for process in processes):
-        time.sleep(0.02)
+    while shares != {0, 1} and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
         shares = {int(Path(name).stem) % 2 for name in contents(tmp_path / "killed")}
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
     errors = (tmp_path / "errors-0").read_text()
     assert shares == {0, 1} and "/20 [" in errors, errors  # each draws half
     assert sample(model, tmp_path / "killed", "--batch_size", 9) == 0

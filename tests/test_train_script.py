@@ -258,7 +258,7 @@ def test_a_bad_launch_ends_with_one_line_and_an_exit_code(tmp_path):
         (["--resolution", 14, "--train_data_dir", "{tmp}/empty"], "No images"),
         (["--resolution", 14, "--train_data_dir", "{tmp}/broken"], "broken/a/0.png"),
         (["--resolution", 14, "--train_data_dir", "{tmp}/deep"], "deep/a/0.png .*I;16"),
-        (["--resolution", 14], "either --train_data_dir or --dataset_name"),
+        (["--resolution", 14], "one of --train_data_dir, --dataset_name and --latents_dir"),
         (["--resolution", 15, "--train_data_dir", "{digits}"], "--resolution 15 must be a multiple of the patch, 7"),
         (["--resolution", 14, "--train_data_dir", "{digits}", "--train_batch_size", 0], "--train_batch_size"),
         (["--train_data_dir", "{digits}", "--label_column", "kind"], "no column 'kind'"),
