@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: quickstart test lint diffusers-tests
+.PHONY: quickstart test lint bench diffusers-tests
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
@@ -12,6 +12,10 @@ test: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Takes some minutes on an idle machine.
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/bench.py
 
 # diffusers' own model and pipeline tests on this package; DIFFUSERS_CHECKOUT names a checkout of diffusers.
 diffusers-tests: $(VENV)/installed
