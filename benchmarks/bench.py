@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -169,7 +170,7 @@ def _peak_resident_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def _peak_of_a_step(layers: int, batch: int, checkpointing: bool, results) -> None:
+def _peak_of_a_step(layers: int, batch: int, checkpointing: bool) -> tuple[int, float]:
     """In a process of its own, whose peak nothing else has touched: bytes that the step adds, and its seconds."""
     transformer, embedder = make_models(layers)
     latents, timesteps, labels = inputs(batch)
@@ -191,18 +192,15 @@ def _peak_of_a_step(layers: int, batch: int, checkpointing: bool, results) -> No
         before = _peak_resident_bytes()
         step()
         added = _peak_resident_bytes() - before
-    results.put((added, min(seconds(step) for _ in range(3))))
+    return added, min(seconds(step) for _ in range(3))
 
 
 def bench_memory(layers: int, batch: int) -> tuple[dict[str, Ratio], dict[str, float]]:
     context = multiprocessing.get_context("spawn")
     measured = {}
     for checkpointing in (True, False):
-        results = context.Queue()
-        process = context.Process(target=_peak_of_a_step, args=(layers, batch, checkpointing, results))
-        process.start()
-        measured[checkpointing] = results.get()
-        process.join()
+        with ProcessPoolExecutor(1, mp_context=context) as executor:
+            measured[checkpointing] = executor.submit(_peak_of_a_step, layers, batch, checkpointing).result()
     memory, times = ([measured[True][i], measured[False][i]] for i in (0, 1))
     rows = {"time of a step, checkpointing / without (1 run)": Ratio(*times, *[times[0] / times[1]] * 3)}
     megabytes = {"with checkpointing": memory[0] / batch / 1e6, "without": memory[1] / batch / 1e6}
