@@ -21,7 +21,9 @@ bench: $(VENV)/installed
 diffusers-tests: $(VENV)/installed
 	DIFFUSERS_CHECKOUT=$(DIFFUSERS_CHECKOUT) $(VENV)/bin/python -m pytest tests/diffusers_common
 
-# Byte-compiling every installed file would take a fifth of the whole set-up; Python compiles what it imports.
+# Byte-compiling every installed file would take a fifth of the whole set-up; Python compiles what it imports, once, unless
+# it is told to keep nothing.
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,test]"
