@@ -241,6 +241,11 @@ def build_repa(
         raise BadInput(
             f"--repa_layer {args.repa_layer} is beyond the transformer's {transformer.config.num_layers} blocks"
         )
+
+    def new_projector(width: int) -> REPAProjector:
+        torch.manual_seed(args.seed)  # loading an encoder may have drawn random numbers
+        return REPAProjector(transformer.inner_dim, width)
+
     grid = (transformer.config.sample_size // transformer.config.patch_size,) * 2
     if args.repa_encoder == "cached":
         features = data.rows.settings["features"]
@@ -249,12 +254,12 @@ def build_repa(
                 f"the cached features are of {features['grid']} tokens but the transformer has {list(grid)}: cache them "
                 f"with --patch_size {transformer.config.patch_size}"
             )
-        return None, REPAProjector(transformer.inner_dim, features["width"]), grid
+        return None, new_projector(features["width"]), grid
     try:
         encoder = REPAEncoder.from_pretrained(args.repa_encoder, cache_dir=args.cache_dir)
     except Exception as error:  # missing, private, offline, no vision model: transformers raises many kinds
         raise BadInput(f"--repa_encoder {args.repa_encoder}: {str(error).strip().splitlines()[0]}") from error
-    return encoder, REPAProjector(transformer.inner_dim, encoder.width), grid
+    return encoder, new_projector(encoder.width), grid
 
 
 def load_component(loader: type, path: str, **kwargs):
