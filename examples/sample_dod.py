@@ -92,8 +92,8 @@ def image_path(args: argparse.Namespace, stage: int, index: int) -> Path:
 
 
 def save_image(image: PIL.Image.Image, path: Path) -> None:
-    """Under another name first, for an image that lies there is taken for whole."""
-    unfinished = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    """Under another name first, which is no picture's: an image that lies there is taken for whole."""
+    unfinished = path.with_name(f"tmp-{os.getpid()}-{path.name}.part")
     image.save(unfinished, format="PNG")
     unfinished.replace(path)
 
@@ -138,7 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     state.wait_for_everyone()
     if state.is_main_process:
         for stage in args.stages:
-            Path(args.output_dir, f"stage-{stage}").mkdir(parents=True, exist_ok=True)
+            folder = Path(args.output_dir, f"stage-{stage}")
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("tmp-*.part"):  # of a run that was killed
+                leftover.unlink()
         file.write_text(json.dumps({**settings, "versions": versions}, indent=2))
     state.wait_for_everyone()
 

@@ -14,6 +14,7 @@ import torch
 from helpers import process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
+from diffusers_dod.evaluation import ImageSet
 from diffusers_dod.hub import check_folder
 from diffusers_dod.model_card import build_card
 
@@ -91,6 +92,16 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     assert shares == {0, 1} and "/20 [" in errors, errors  # each draws half
     assert sample(model, tmp_path / "killed", "--batch_size", 9) == 0
     assert contents(tmp_path / "killed") == contents(drawn)
+    assert not list((tmp_path / "killed").rglob("tmp-*"))
+
+
+def test_what_a_kill_left_of_an_image_is_no_image(model, tmp_path):
+    assert sample(model, tmp_path, "--num_images", 2) == 0
+    leftover = tmp_path / "stage-2" / "tmp-1-000002.png.part"
+    leftover.write_bytes(b"half of a PNG")
+    assert len(ImageSet(str(tmp_path / "stage-2"))) == 2
+    assert sample(model, tmp_path, "--num_images", 3) == 0
+    assert not leftover.exists()
 
 
 def test_npz_holds_the_pictures_and_their_classes(drawn):
