@@ -295,10 +295,17 @@ def test_second_push_replaces_the_first(hub, pushed, tmp_path):
         from diffusers_dod import DoDPipeline
         from diffusers_dod.hub import main
         main(["push", {str(folder)!r}, "user/replaced", "--license", "mit", "--create-pr", "--no-code"])
-        DoDPipeline.from_pretrained("user/replaced", revision="refs/pr/1")
+        pipe = DoDPipeline.from_pretrained("user/replaced", revision="refs/pr/1")
+        # diffusers' own ways to push take the same road.
+        print(pipe.push_to_hub("user/by-method", license="mit"))
+        pipe.save_pretrained({str(tmp_path / "saved")!r}, push_to_hub=True, repo_id="user/by-saving", license="mit")
     """
     done = run_code(hub, tmp_path / "home", code)
-    assert "discussions/1" in done.stdout
+    assert "discussions/1" in done.stdout and f"{hub.endpoint}/user/repo/commit/" in done.stdout
+    for name in ("user/by-method", "user/by-saving"):
+        pushed_files = hub.files(name)
+        assert f'from_pretrained("{name}", trust_remote_code=True)' in pushed_files["README.md"].decode()
+        assert {"pipeline.py", "transformer/transformer_dod.py"} <= set(pushed_files)
     assert hub.files("user/replaced") == before
     proposed = hub.files("user/replaced", "refs/pr/1")
     assert proposed["notes.txt"] == b"mine"
