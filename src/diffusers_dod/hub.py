@@ -360,7 +360,10 @@ class BackgroundPush:
     def finish(self, folder: str | Path) -> str | None:
         """Waits for the push that runs, then pushes a folder; returns the commit's address, `None` if it failed."""
         self.threads.shutdown(wait=True)
-        return self._push(folder)
+        address = self._push(folder)
+        if address is None:
+            logger.warning(f"`python -m diffusers_dod.hub push {folder} {self.repo_id}` tries again.")
+        return address
 
     def _push(self, folder: str | Path) -> str | None:
         try:
