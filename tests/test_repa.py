@@ -250,6 +250,7 @@ def step_in_a_process(rank, folder):
         module(latents[own], labels[own], type(batch)(*(part[own] for part in batch)), features[own])[0].backward()
     if rank == 0:
         torch.save(gradients(module.module), f"{folder}/gradients.pt")
+    dist.barrier()  # or the one that ends first may break the other's connection
     dist.destroy_process_group()
 
 
