@@ -1,12 +1,14 @@
 """Representation alignment: features of real vision transformers, hidden states of ours, and the loss between them."""
 
+import multiprocessing
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from helpers import process_context, tiny_embedder, tiny_transformer
+from helpers import tiny_embedder, tiny_transformer
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dod.repa import REPAEncoder, REPAProjector, repa_loss
@@ -255,7 +257,9 @@ def step_in_a_process(rank, folder):
 
 
 def test_two_processes_average_their_gradients(tmp_path):
-    processes = [process_context().Process(target=step_in_a_process, args=(rank, tmp_path)) for rank in range(2)]
+    # Started afresh: forked from a server that has imported everything, the two once waited for each other for ever.
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=step_in_a_process, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
