@@ -93,6 +93,28 @@ def test_repeated_blocks_compile_once_for_all_stages():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def count_graphs(transformer, calls):
+    torch._dynamo.utils.counters.clear()
+    for rows, prior_tokens in calls:
+        inputs = (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500.0), torch.zeros(rows, dtype=torch.long))
+        transformer(*inputs, prior_tokens[:rows] if prior_tokens is not None else None)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def test_batches_of_other_sizes_compile_repeated_blocks_once_more_at_most():
+    """Guided steps have twice the rows of others, and the last batch of a job fewer."""
+    prior_tokens = torch.randn(8, 16, 16)
+    calls = [(rows, prior) for prior in (None, prior_tokens) for rows in (4, 8, 4, 3, 6, 2)]
+    transformer = tiny_transformer(num_layers=3)
+    transformer.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
+    assert count_graphs(transformer, calls) == 2
+    torch.compiler.reset()
+    transformer = tiny_transformer(num_layers=3)
+    transformer.compile_repeated_blocks(fullgraph=True, backend=BACKEND, dynamic=True)
+    assert count_graphs(transformer, calls) == 1
+
+
 def test_compiled_gradients():
     gradients = []
     for compiled in (False, True):

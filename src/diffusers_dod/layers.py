@@ -132,8 +132,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns queries and keys, both `(batch, tokens, heads, channels)`, by the tables of [`rotary_embedding_2d`].
 
-    diffusers' `apply_rotary_emb`, bit by bit. Where complex numbers are fast, one product of them takes the place of its
-    five operations: not under `torch.compile`, which fuses those and has no code for complex numbers.
+    This is diffusers' `apply_rotary_emb` up to the last bit. One product of complex numbers takes the place of its five
+    operations, but under `torch.compile`, which fuses those and has no code for complex numbers.
     """
     if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
         return tuple(apply_rotary_emb(x, rotary_emb, sequence_dim=1) for x in (query, key))
