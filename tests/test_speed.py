@@ -100,13 +100,13 @@ def test_fake_tensors_leave_no_table_behind(overrides):
         model(torch.empty(2, 4, 14, 6), *(torch.empty_like(x) for x in make_inputs()[1:]))
 
 
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("overrides", [{}, SINCOS])
 @torch.no_grad()
-def test_exported_program_equals_the_model(overrides, strict):
+def test_exported_program_equals_the_model(overrides):
+    """Traced by running the model, so tables must not come from what was kept, nor be kept."""
     model = tiny_transformer(num_layers=1, sample_size=12, **overrides)
     inputs = (torch.randn(2, 4, 12, 8), *make_inputs()[1:])
-    program = torch.export.export(model, inputs, kwargs={"return_dict": False}, strict=strict)
+    program = torch.export.export(model, inputs, kwargs={"return_dict": False}, strict=False)
     expected = model(*inputs).sample
     torch.testing.assert_close(program.module()(*inputs, return_dict=False)[0], expected, atol=1e-5, rtol=1e-5)
     assert type(model(*inputs).sample) is torch.Tensor
