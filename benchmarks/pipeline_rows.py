@@ -71,6 +71,7 @@ def loading_rows(args) -> dict[str, Ratio]:
     with tempfile.TemporaryDirectory() as folder:
         pipe = DoDPipeline(*make_models("B", args.layers, "cpu"), diffusers.FlowMatchEulerDiscreteScheduler())
         pipe.save_pretrained(folder)
+        diffusers.utils.logging.disable_progress_bar()
         files = list(Path(folder).rglob("*.safetensors"))
 
         def read():

@@ -22,7 +22,9 @@ def make_models(
     with torch.device(device):
         transformer = DoDTransformer2DModel(**{**preset.transformer, **depth})
         embedder = DoDLatentEmbedder(**preset.latent_embedder)
-    return transformer.to(dtype), embedder.to(dtype)
+    if dtype != torch.float32:
+        transformer.to(dtype), embedder.to(dtype)
+    return transformer, embedder
 
 
 def make_dit(layers: int, device: str) -> diffusers.DiTTransformer2DModel:
