@@ -1,256 +1,116 @@
 """Speed against named rivals, every row a ratio measured in this run: `make bench`, or `python benchmarks/bench.py`.
 
-On a CPU the models have their full width and a reduced depth (`--layers`). Rows:
+On a CPU the models have DoD-B/2's full width and, but for the rows of full depth, `--layers` blocks; on a GPU they are
+whole and run in bfloat16. `--rows` takes some groups only:
 
-    train step, forward     DoD-B/2 against diffusers' DiTTransformer2DModel of the same width and depth, which has the same
-                            multiply-accumulates on tokens
-    pipeline                a guided two-stage call against the same number of bare forwards of the same batch
-    embedder                a run of the latent embedder against the guided steps of the stage that it opens
-    import                  `import diffusers_dod` after the classes of diffusers that it needs, against importing those
-    load                    `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
-    checkpointing           peak memory and time of a training step with gradient checkpointing against without
-    batch, tokens           a forward of twice the batch, or of twice the tokens, against twice a forward
+    training        a training step and a forward of DoD-B/2 against diffusers' DiTTransformer2DModel of the same width
+                    and depth, which has the same multiply-accumulates on tokens
+    depth           the embedder beside whole backbones: a training step, and its share of 30 guided steps
+    sampling        a guided two-stage call of the pipeline against the same number of bare forwards of the same batch
+    scaling         a training step of twice the batch, or of twice the tokens, against two
+    ddp             two processes against one (CPU)
+    memory          peak memory and time of a training step with gradient checkpointing against without
+    compile         compiled blocks against eager ones, fused q/k/v projections against separate ones
+    bfloat16        bfloat16 autocast against float32
+    cached_loading  the wait for cached latents against the training step
+    import          `import diffusers_dod` after the classes of diffusers that it needs, against importing those
+    loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
+    mfu, throughput utilisation and memory in training, images a second in sampling (GPU)
 
-Prints a table and writes JSON.
+Prints a table and writes JSON, after each group, so that a run that is cut short keeps what it has.
 """
 
 import argparse
 import json
-import multiprocessing
+import os
 import platform
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import time
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
+import interleaved
 import torch
-from interleaved import Ratio, compare, seconds
-
-from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.presets import PRESETS
-from diffusers_dod.training import count_prior_rows, dod_loss, flow_example
-
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from gpu_rows import mfu_rows, throughput_rows
+from interleaved import Ratio
+from model_rows import bfloat16_rows, compile_rows, depth_rows, scaling_rows, training_rows
+from pipeline_rows import import_rows, loading_rows, sampling_rows
+from process_rows import cached_loading_rows, ddp_rows, memory_rows
 
 
-def make_models(layers: int) -> tuple[DoDTransformer2DModel, DoDLatentEmbedder]:
-    preset = PRESETS["B"]
-    torch.manual_seed(0)
-    transformer = DoDTransformer2DModel(**{**preset.transformer, "num_layers": layers})
-    return transformer.to(DEVICE), DoDLatentEmbedder(**preset.latent_embedder).to(DEVICE)
+GROUPS = {
+    "training": training_rows,
+    "depth": depth_rows,
+    "sampling": sampling_rows,
+    "scaling": scaling_rows,
+    "ddp": ddp_rows,
+    "memory": memory_rows,
+    "compile": compile_rows,
+    "bfloat16": bfloat16_rows,
+    "cached_loading": cached_loading_rows,
+    "import": import_rows,
+    "loading": loading_rows,
+    "mfu": mfu_rows,
+    "throughput": throughput_rows,
+}
 
 
-def make_dit(layers: int) -> diffusers.DiTTransformer2DModel:
-    torch.manual_seed(0)
-    return diffusers.DiTTransformer2DModel(
-        num_layers=layers, num_attention_heads=12, attention_head_dim=64, out_channels=4, sample_size=32
-    ).to(DEVICE)
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
+    parser.add_argument("--rows", nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS), metavar="GROUP")
+    parser.add_argument("--layers", type=int, help="blocks of the models; 3 on a CPU and 15, all, on a GPU by default")
+    parser.add_argument("--batch_size", type=int, help="4 on a CPU and 64 on a GPU by default")
+    parser.add_argument("--steps", type=int, default=4, help="of a stage")
+    parser.add_argument("--repeats", type=int, default=7)
+    cpu_time = "one thread, by the time that the CPU gave it: for a machine that other work takes; not ddp and memory"
+    parser.add_argument("--cpu_time", action="store_true", help=cpu_time)
+    parser.add_argument("--output", default="benchmarks/results.json")
+    args = parser.parse_args()
+    args.layers = args.layers or (3 if args.device == "cpu" else 15)
+    args.batch_size = args.batch_size or (4 if args.device == "cpu" else 64)
+    return args
 
 
-def inputs(batch: int, side: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    latents = torch.randn(batch, 4, side, side, device=DEVICE)
-    return latents, torch.full((batch,), 500.0, device=DEVICE), torch.zeros(batch, dtype=torch.long, device=DEVICE)
-
-
-def bench_training(layers: int, batch: int, repeats: int) -> dict[str, Ratio]:
-    """DoD's step holds its embedder on half of the rows; DiT's is the plain one of its size."""
-    transformer, embedder = make_models(layers)
-    dit = make_dit(layers)
-    latents, timesteps, labels = inputs(batch)
-    noise = torch.randn_like(latents)
-
-    def optimizer(*models):
-        return torch.optim.AdamW([p for model in models for p in model.parameters()], lr=1e-4, fused=True)
-
-    ours, rival = optimizer(transformer, embedder), optimizer(dit)
-
-    def our_step():
-        example = flow_example(latents, noise, timesteps / 1000)
-        rows = count_prior_rows(batch, 0.5)
-        dod_loss(transformer, embedder, latents, labels, example, rows).total.backward()
-        ours.step(), ours.zero_grad()
-
-    def backbone_step():
-        prediction = transformer(latents, timesteps, labels).sample
-        (prediction - noise).square().mean().backward()
-        ours.step(), ours.zero_grad()
-
-    def their_step():
-        prediction = dit(latents, timesteps.long(), class_labels=labels).sample
-        (prediction - noise).square().mean().backward()
-        rival.step(), rival.zero_grad()
-
-    rows = {
-        "train step, embedder included / DiT's": compare(our_step, their_step, repeats),
-        "train step, backbone alone / DiT's": compare(backbone_step, their_step, repeats),
-    }
-    with torch.no_grad():
-        rows["forward / DiT's"] = compare(
-            lambda: transformer(latents, timesteps, labels),
-            lambda: dit(latents, timesteps.long(), class_labels=labels),
-            repeats,
-        )
-    return rows
-
-
-def bench_sampling(layers: int, batch: int, steps: int, repeats: int) -> dict[str, Ratio]:
-    transformer, embedder = make_models(layers)
-    pipe = DoDPipeline(transformer, embedder, diffusers.FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    latents, timesteps, labels = inputs(2 * batch)
-    prior = torch.zeros(2 * batch, 256, transformer.inner_dim, device=DEVICE)
-    options = {"num_inference_steps": steps, "guidance_scale": 2.0, "guidance_interval": (0.0, 1.0)}
-
-    def pipeline():
-        pipe([0] * batch, num_stages=2, output_type="latent", **options)
-
-    @torch.no_grad()
-    def forwards():
-        for stage_prior in (None, prior):
-            for _ in range(steps):
-                transformer(latents, timesteps, labels, encoder_hidden_states=stage_prior)
-
-    @torch.no_grad()
-    def embed():
-        embedder(latents[:batch])
-
-    @torch.no_grad()
-    def stage():
-        for _ in range(steps):
-            transformer(latents, timesteps, labels, encoder_hidden_states=prior)
-
+def describe_machine(device: str) -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        f"pipeline, 2 stages of {steps} guided steps / bare forwards": compare(pipeline, forwards, repeats),
-        f"embedder / {steps} guided steps of {layers} blocks": compare(embed, stage, repeats),
-    }
-
-
-def bench_import(repeats: int) -> dict[str, Ratio]:
-    code = (
-        "import time; start = time.perf_counter()\n"
-        "from diffusers import DDPMScheduler, DiffusionPipeline, FasterCacheConfig, SchedulerMixin\n"
-        "from diffusers.image_processor import VaeImageProcessor\n"
-        "from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin\n"
-        "from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward\n"
-        "from diffusers.models.cache_utils import CacheMixin\n"
-        "from diffusers.models.modeling_utils import ModelMixin\n"
-        "middle = time.perf_counter()\nimport diffusers_dod\nprint(time.perf_counter() - middle, middle - start)"
-    )
-    times = []
-    for _ in range(repeats):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append([float(value) for value in done.stdout.split()])
-    ours, theirs = (sorted(values)[len(values) // 2] for values in zip(*times))
-    ratios = sorted(mine / other for mine, other in times)
-    return {"import / diffusers' classes": Ratio(ours, theirs, ratios[len(ratios) // 2], ratios[0], ratios[-1])}
-
-
-def bench_loading(layers: int, repeats: int) -> dict[str, Ratio]:
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = DoDPipeline(*make_models(layers), diffusers.FlowMatchEulerDiscreteScheduler())
-        pipe.save_pretrained(folder)
-        files = list(Path(folder).rglob("*.safetensors"))
-
-        def read():
-            for file in files:
-                file.read_bytes()
-
-        return {
-            "load a pipeline folder / read its weights": compare(
-                lambda: DoDPipeline.from_pretrained(folder), read, repeats
-            )
-        }
-
-
-def _peak_resident_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def _peak_of_a_step(layers: int, batch: int, checkpointing: bool) -> tuple[int, float]:
-    """In a process of its own, whose peak nothing else has touched: bytes that the step adds, and its seconds."""
-    transformer, embedder = make_models(layers)
-    latents, timesteps, labels = inputs(batch)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-        embedder.enable_gradient_checkpointing()
-
-    def step():
-        example = flow_example(latents, torch.randn_like(latents), timesteps / 1000)
-        dod_loss(transformer, embedder, latents, labels, example, batch // 2).total.backward()
-
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        added = torch.cuda.max_memory_allocated() - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
-        before = _peak_resident_bytes()
-        step()
-        added = _peak_resident_bytes() - before
-    return added, min(seconds(step) for _ in range(3))
-
-
-def bench_memory(layers: int, batch: int) -> tuple[dict[str, Ratio], dict[str, float]]:
-    context = multiprocessing.get_context("spawn")
-    measured = {}
-    for checkpointing in (True, False):
-        with ProcessPoolExecutor(1, mp_context=context) as executor:
-            measured[checkpointing] = executor.submit(_peak_of_a_step, layers, batch, checkpointing).result()
-    memory, times = ([measured[True][i], measured[False][i]] for i in (0, 1))
-    rows = {"time of a step, checkpointing / without (1 run)": Ratio(*times, *[times[0] / times[1]] * 3)}
-    megabytes = {"with checkpointing": memory[0] / batch / 1e6, "without": memory[1] / batch / 1e6}
-    return rows, megabytes
-
-
-@torch.no_grad()
-def bench_scaling(layers: int, batch: int, repeats: int) -> dict[str, Ratio]:
-    transformer, _ = make_models(layers)
-    one, twice, tall = inputs(batch), inputs(2 * batch), inputs(batch)
-    tall = (torch.randn(batch, 4, 64, 32, device=DEVICE), *tall[1:])
-
-    def forward(arguments, times=1):
-        return lambda: [transformer(*arguments) for _ in range(times)]
-
-    return {
-        f"forward, batch {2 * batch} / twice batch {batch}": compare(forward(twice), forward(one, 2), repeats),
-        "forward, 512 tokens / twice 256 tokens": compare(forward(tall), forward(one, 2), repeats),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=15 if DEVICE.type == "cuda" else 3, help="blocks of the models")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6, help="of a stage")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", default="benchmarks/results.json")
-    args = parser.parse_args()
-
-    rows = bench_training(args.layers, args.batch_size, args.repeats)
-    rows |= bench_sampling(args.layers, args.batch_size, args.steps, args.repeats)
-    rows |= bench_import(5) | bench_loading(args.layers, args.repeats)
-    memory_rows, megabytes = bench_memory(args.layers, args.batch_size)
-    rows |= memory_rows | bench_scaling(args.layers, args.batch_size, args.repeats)
-
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
-    setting = {**vars(args), "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    args = parse_args()
+    if args.cpu_time:
+        interleaved.clock = time.process_time
+        torch.set_num_threads(1)
+    report = {"setting": {**vars(args), "seed": 0}, "machine": describe_machine(args.device), "groups": {}}
     print("| ours / rival | ratio | quartiles | ours, ms | rival, ms |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        print(
-            f"| {name} | {row.ratio:.3f} | {row.low:.3f}-{row.high:.3f} | {1e3 * row.ours:.1f} | {1e3 * row.rival:.1f} |"
-        )
-    print("\nPeak memory that a training step adds, MB an image:", megabytes)
-    report = {
-        "setting": setting,
-        "rows": {k: row._asdict() for k, row in rows.items()},
-        "megabytes_an_image": megabytes,
-    }
-    Path(args.output).write_text(json.dumps(report, indent=2))
+    for group in args.rows:
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        rows = GROUPS[group](args)
+        for name, row in rows.items():
+            if isinstance(row, Ratio):
+                quartiles, times = f"{row.low:.3g}-{row.high:.3g}", (1e3 * row.ours, 1e3 * row.rival)
+                print(f"| {name} | {row.ratio:.3g} | {quartiles} | {times[0]:.1f} | {times[1]:.1f} |", flush=True)
+            else:
+                print(f"| {name} | {row:.4g} | | | |", flush=True)
+        report["groups"][group] = {
+            "rows": {name: row._asdict() if isinstance(row, Ratio) else row for name, row in rows.items()},
+            "seconds": time.perf_counter() - start,
+            "load_average": [load, os.getloadavg()[0]],  # of the minute before the group and of its last one
+        }
+        Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

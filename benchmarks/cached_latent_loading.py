@@ -38,6 +38,39 @@ def write_random_cache(folder: str, count: int, shard_size: int) -> None:
     writer.finish(entries)
 
 
+def measure_loading(
+    preset: str, batch_size: int, steps: int, num_workers: int, cached_images: int, shard_size: int, device: str
+) -> list[tuple[float, float]]:
+    """Seconds of loading and of the whole step, for each step but a first one that warms up."""
+    transformer = DoDTransformer2DModel(**PRESETS[preset].transformer).to(device)
+    embedder = DoDLatentEmbedder(**PRESETS[preset].latent_embedder).to(device)
+    optimizer = torch.optim.AdamW([*transformer.parameters(), *embedder.parameters()], lr=1e-4)
+
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_cache(folder, cached_images, shard_size)
+        options = {"num_workers": num_workers, "pin_memory": device == "cuda", "drop_last": True}
+        batches = iter(DataLoader(CachedLatents(folder), batch_size, shuffle=True, **options))
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            batch = {name: values.to(device, non_blocking=True) for name, values in next(batches).items()}
+            flipped = torch.rand(batch_size, device=device) < 0.5
+            mean, std = (select_flip(batch[name], flipped) for name in ("mean", "std"))
+            latents = sample_posterior(mean, std, torch.randn(mean.shape, device=device))
+            loaded = time.perf_counter()
+
+            example = flow_example(latents, torch.randn_like(latents), torch.rand(batch_size, device=device))
+            labels = drop_labels(batch["label"], 1000, 0.1)
+            rows = count_prior_rows(batch_size, 0.5)
+            dod_loss(transformer, embedder, latents, labels, example, rows).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            pairs.append((loaded - start, time.perf_counter() - start))
+    return pairs[1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="S")
@@ -46,41 +79,12 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--cached_images", type=int, default=8192)
     parser.add_argument("--shard_size", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    preset = PRESETS[args.preset]
-    transformer = DoDTransformer2DModel(**preset.transformer).to(device)
-    embedder = DoDLatentEmbedder(**preset.latent_embedder).to(device)
-    optimizer = torch.optim.AdamW([*transformer.parameters(), *embedder.parameters()], lr=1e-4)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_cache(folder, args.cached_images, args.shard_size)
-        options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda", "drop_last": True}
-        batches = iter(DataLoader(CachedLatents(folder), args.batch_size, shuffle=True, **options))
-        loading = []
-        for step in range(args.steps + 1):
-            if step == 1:  # the first one warms up
-                loading, start = [], time.perf_counter()
-            before = time.perf_counter()
-            batch = {name: values.to(device, non_blocking=True) for name, values in next(batches).items()}
-            flipped = torch.rand(args.batch_size, device=device) < 0.5
-            mean, std = (select_flip(batch[name], flipped) for name in ("mean", "std"))
-            latents = sample_posterior(mean, std, torch.randn(mean.shape, device=device))
-            loading.append(time.perf_counter() - before)
-
-            example = flow_example(latents, torch.randn_like(latents), torch.rand(args.batch_size, device=device))
-            labels = drop_labels(batch["label"], 1000, 0.1)
-            rows = count_prior_rows(args.batch_size, 0.5)
-            dod_loss(transformer, embedder, latents, labels, example, rows).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        total = time.perf_counter() - start
+    loading, total = (sum(times) for times in zip(*measure_loading(**vars(args))))
     print(
-        f"DoD-{args.preset}/2, batch of {args.batch_size}, {device.type}, {args.num_workers} workers: loading "
-        f"{1e3 * sum(loading) / args.steps:.2f} ms of {1e3 * total / args.steps:.0f} ms a step, {sum(loading) / total:.3%}"
+        f"DoD-{args.preset}/2, batch of {args.batch_size}, {args.device}, {args.num_workers} workers: loading "
+        f"{1e3 * loading / args.steps:.2f} ms of {1e3 * total / args.steps:.0f} ms a step, {loading / total:.3%}"
     )
 
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 
 
+# `time.process_time`, of one thread, tells more on a machine that is much busier with other work.
+clock = time.perf_counter
+
+
 class Ratio(NamedTuple):
     """Medians in seconds of both, and the median of the ratios of neighbours with the quartiles around it."""
 
@@ -16,17 +20,30 @@ class Ratio(NamedTuple):
     ratio: float
     low: float
     high: float
+    repeats: int
+
+    @classmethod
+    def of_pairs(cls, pairs: list[tuple[float, float]]) -> "Ratio":
+        ratios = [ours / rival for ours, rival in pairs]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        ours, rival = (statistics.median(times) for times in zip(*pairs))
+        return cls(ours, rival, statistics.median(ratios), low, high, len(pairs))
+
+    def times(self, factor: float) -> "Ratio":
+        """The ratio to `factor` times the rival."""
+        scaled = (self.ratio / factor, self.low / factor, self.high / factor)
+        return Ratio(self.ours, factor * self.rival, *scaled, self.repeats)
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall-clock time of one call, on a GPU until it is idle."""
+    """Time of one call by `clock`, on a GPU until it is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(ours: Callable[[], object], rival: Callable[[], object], repeats: int) -> Ratio:
@@ -39,7 +56,4 @@ def compare(ours: Callable[[], object], rival: Callable[[], object], repeats: in
         else:
             first, second = seconds(ours), seconds(rival)
         pairs.append((first, second))
-    ratios = [first / second for first, second in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    mine, other = (statistics.median(times) for times in zip(*pairs))
-    return Ratio(mine, other, statistics.median(ratios), low, high)
+    return Ratio.of_pairs(pairs)

@@ -93,6 +93,27 @@ def test_repeated_blocks_compile_once_for_all_stages():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize(("dynamic", "first_batches"), [(None, [4, 8]), (True, [4])])
+@torch.no_grad()
+def test_batches_of_other_sizes_do_not_recompile_repeated_blocks(dynamic, first_batches):
+    """Guided steps have twice the rows of others, and the last batch of a job fewer; sizes are dynamic from the second."""
+    transformer, plain = tiny_transformer(num_layers=3), tiny_transformer(num_layers=3)
+    all_prior_tokens = torch.randn(8, 16, 16)
+    transformer.compile_repeated_blocks(fullgraph=True, backend=BACKEND, dynamic=dynamic)
+
+    def check(rows, has_prior):
+        inputs = (torch.randn(rows, 4, 8, 8), torch.full((rows,), 500.0), torch.arange(rows))
+        prior_tokens = all_prior_tokens[:rows] if has_prior else None
+        torch.testing.assert_close(transformer(*inputs, prior_tokens).sample, plain(*inputs, prior_tokens).sample)
+
+    for rows in first_batches:
+        check(rows, False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for has_prior in (True, False):
+            for rows in (4, 8, 3, 6, 2):
+                check(rows, has_prior)
+
+
 def test_compiled_gradients():
     gradients = []
     for compiled in (False, True):

@@ -534,6 +534,8 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Runs one stage from standard normal noise to its sample, with the guidance scales of the moment."""
         # Every stage starts the scheduler, and any feature cache, anew: multistep ones remember earlier predictions.
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
         if self.transformer.is_cache_enabled:
             self.transformer._reset_stateful_cache()
         # Only now, because a scheduler's noise scale may depend on its steps.
@@ -548,15 +550,21 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             "learned",
             "learned_range",
         )
-        parts = None
+        # Of guided steps and of the others, until a callback changes what they depend on
+        conditions, parts = {}, None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             progress_bar.set_description(f"Stage {self._current_stage}/{self._num_stages}")
             for i, timestep in enumerate(timesteps):
                 self._current_timestep = timestep
-                ids, tokens = class_ids, prior_tokens
-                if start <= i < stop and self._is_guided(prior_tokens, guidance_drop):
-                    ids, tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
+                is_guided = start <= i < stop and self._is_guided(prior_tokens, guidance_drop)
+                if is_guided not in conditions:
+                    conditions[is_guided] = (
+                        self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
+                        if is_guided
+                        else (class_ids, prior_tokens)
+                    )
+                ids, tokens = conditions[is_guided]
                 last_parts, parts = parts, len(ids) // len(class_ids)
                 if last_parts not in (None, parts) and self.transformer.is_cache_enabled:
                     # What a cache holds has the rows of the last step, which are not this step's.
@@ -588,6 +596,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
                     latents = changed.pop("latents", latents)
                     prior_tokens = changed.pop("prior_tokens", prior_tokens)
+                    conditions.clear()
                 progress_bar.update()
                 if self._interrupt:
                     break
