@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
 from helpers import EXAMPLES, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image
@@ -32,12 +33,13 @@ if MISSING:
     pytest.skip(f"the demo's tests need {' and '.join(MISSING)}", allow_module_level=True)
 
 sys.path.insert(0, str(EXAMPLES / "space"))
-from app import NO_CLASS, class_choices, stages_html  # noqa: E402 - only where Gradio is there
+import gradio  # noqa: E402 - only where it is there
+from app import NO_CLASS, class_choices, stages_html  # noqa: E402
 from drawing import Drawing, Finished, Progress, draw, open_picture  # noqa: E402
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
 
-LONG = 250  # steps, so that stages take long enough to be seen one by one
+LONG = 120  # steps, so that stages take long enough to be seen one by one
 # Notes what the page shows whenever it changes: how many stages, and whether a progress bar.
 WATCH = """() => {
   window.seen = [];
@@ -301,7 +303,7 @@ def test_bad_input_gets_a_message_and_leaves_the_page_usable(open_page, tmp_path
 
 
 def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_path):
-    users = [("goose", 3, (LONG, LONG - 1)), ("crane (1)", 4, (LONG - 2, LONG))]
+    users = [("goose", 3, (LONG, 90)), ("crane (1)", 4, (90, LONG))]
     pages = [open_page(), open_page()]
     for page, (class_name, seed, steps) in zip(pages, users):
         choose(page, class_name, seed, 2, steps)
@@ -392,3 +394,12 @@ def test_a_drawing_that_nobody_waits_for_ends():
 def test_a_fault_while_drawing_reaches_whoever_asked():
     with pytest.raises(ValueError, match="num_inference_steps"):
         list(draw(digits_like(), Drawing(2, 5, [0], [2.0])))
+
+
+def test_a_space_would_start_this_with_the_gradio_that_was_tested():
+    front_matter = yaml.safe_load((EXAMPLES / "space" / "README.md").read_text().split("---")[1])
+    assert front_matter["sdk"] == "gradio" and front_matter["license"] == "apache-2.0"
+    assert front_matter["sdk_version"] == gradio.__version__
+    assert (EXAMPLES / "space" / front_matter["app_file"]).is_file()
+    # What the Hub takes
+    assert len(front_matter["short_description"]) <= 60
