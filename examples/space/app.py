@@ -101,19 +101,19 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             seed = random.randint(0, MAX_SEED)
         steps, scales = numbers[:MAX_STAGES][:num_stages], numbers[MAX_STAGES:][:num_stages]
         drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, list(steps), list(scales), picture)
+        code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
         finished: list[Finished] = []
         try:
             # What is on the screen stays there until it is certain that there will be something new.
-            for event in draw(pipe, drawing):
+            for i, event in enumerate(draw(pipe, drawing)):
+                bar = gr.skip()
                 if isinstance(event, Finished):
                     finished.append(event)
-                    shown = stages_html(drawing, finished)
-                    code = drawing.code(model, names[class_id], pipe.device.type)
-                    yield gr.skip(), shown, gr.Code(code, visible=True), seed
                 else:
-                    text = f"Stage {event.stage} of {drawing.stages.stop - 1}"
-                    shown = gr.skip() if finished else stages_html(drawing, finished)
-                    yield progress(text, event.fraction), shown, gr.skip(), seed
+                    bar = progress(f"Stage {event.stage} of {drawing.stages.stop - 1}", event.fraction)
+                news = i == 0 or isinstance(event, Finished)
+                shown = stages_html(drawing, finished) if news else gr.skip()
+                yield (bar, shown, code, seed) if i == 0 else (bar, shown, gr.skip(), gr.skip())
             yield "", gr.skip(), gr.skip(), gr.skip()
         except ValueError as error:
             yield message(str(error)), gr.skip(), gr.skip(), gr.skip()
