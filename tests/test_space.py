@@ -39,6 +39,7 @@ from drawing import Drawing, Finished, Progress, draw, open_picture  # noqa: E40
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
 
+TIMEOUT = 120_000  # milliseconds, for machines with other work to do
 LONG = 120  # steps, so that stages take long enough to be seen one by one
 # Notes what the page shows whenever it changes: how many stages, and whether a progress bar.
 WATCH = """() => {
@@ -95,7 +96,8 @@ def address(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        expect.set_options(timeout=TIMEOUT)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, timeout=TIMEOUT)
         yield browser
         browser.close()
 
@@ -109,7 +111,7 @@ def open_page(browser, address):
         context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(TIMEOUT)
         page.on(
             "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else elsewhere.append(r.url)
         )
