@@ -88,6 +88,14 @@ def test_a_code_map_shows_principal_components_in_their_order():
         assert 50 < shown[:, channel].std() < 75
 
 
+def test_a_component_points_where_its_largest_entry_does():
+    for seed in range(8):
+        codes = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(seed))
+        codes[..., seed % 3] *= 9
+        red = torch.tensor(np.asarray(code_maps(codes, grid=(4, 4))[0]))[..., 0].flatten().float()
+        assert torch.corrcoef(torch.stack([red, codes[0, :, seed % 3]]))[0, 1] > 0.9, seed
+
+
 def test_components_that_the_codes_lack_stay_at_half():
     one_channel = np.asarray(code_maps(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), grid=(2, 2))[0])
     assert np.all(one_channel[..., 1:] == 128) and np.all(np.diff(one_channel[..., 0].ravel().astype(int)) > 0)
