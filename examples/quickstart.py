@@ -10,18 +10,17 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
-from diffusers.utils import make_image_grid
 from digits import load_digits, measure, train_classifier
-from PIL import Image
 from tqdm import tqdm
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.training import count_prior_rows, dod_loss, drop_labels, flow_example
+from diffusers_dod.viz import stage_grid
 
 
 BATCH_SIZE = 32
@@ -135,9 +134,8 @@ def sample(pipe: DoDPipeline, labels: torch.Tensor, seed: int, **stages) -> list
 
 def save_grid(stages: list[torch.Tensor], path: Path) -> None:
     """Writes a picture of the first ten digits, one class a column and one stage a row."""
-    pixels = np.concatenate([((stage[:10, 0] + 1) * 127.5).round().byte().numpy() for stage in stages])
-    pictures = [Image.fromarray(digit).resize((84, 84), Image.Resampling.NEAREST) for digit in pixels]
-    make_image_grid(pictures, rows=len(stages), cols=10).save(path)
+    to_pictures = VaeImageProcessor().postprocess
+    stage_grid([to_pictures(stage[:10], output_type="pil") for stage in stages]).save(path)
 
 
 def main():
