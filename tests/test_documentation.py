@@ -49,6 +49,7 @@ REPLACED = [
     ("num_attention_heads=16", "num_attention_heads=4", "of the tiny DiT"),
     ("https://huggingface.co/InfImagine/FiTv2/resolve/main/FiTv2_XL/model_ema.safetensors", "", "belongs to wget"),
     ("--config_file examples/accelerate_configs/ddp.yaml", "", "needs 8 GPUs; another test reads the file"),
+    ("--train_data_dir digits ", "--train_data_dir path/to/images ", "size; the 5,000 were written"),
     ("enable_model_cpu_offload()", 'enable_model_cpu_offload(device="cpu")', "looks for a GPU"),
 ]
 # Words of a Python command, what is appended to it, and why; later options win.
@@ -164,6 +165,15 @@ def run_page(text: str, page: str, commands, tmp_path: Path) -> None:
     with open(tmp_path / "log", "w") as log:
         status = subprocess.run(session, cwd=folder, env=environment, stdout=log, stderr=log).returncode
     assert status == 0, (tmp_path / "log").read_text()[-6000:]
+
+
+def test_what_differs_from_the_pages_is_in_them():
+    """No entry of the tables is left over."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    commands = (text + (ROOT / "Makefile").read_text()).replace("\\\n", " ")
+    assert [old for old, _, _ in REPLACED if old not in text] == []
+    for words, _, _ in CUT:
+        assert any(set(words.split()) <= set(line.split()) for line in commands.splitlines()), words
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks((ROOT / page).read_text())])
