@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: quickstart test lint bench diffusers-tests
+.PHONY: quickstart test lint bench release-check diffusers-tests
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
@@ -12,10 +12,15 @@ test: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # Takes some minutes on an idle machine.
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/bench.py
+
+# Wheel and sdist, and the quickstart's sampling from the wheel in an empty environment.
+release-check: $(VENV)/installed
+	bash tests/release_check.sh $(VENV)/bin/python
 
 # diffusers' own model and pipeline tests on this package; DIFFUSERS_CHECKOUT names a checkout of diffusers.
 diffusers-tests: $(VENV)/installed

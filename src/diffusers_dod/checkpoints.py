@@ -89,19 +89,21 @@ def register_model_hooks(
     """
 
     def folders(with_live: bool) -> dict[str, tuple[ModelMixin, dict[str, torch.Tensor]]]:
-        contents = {}
+        contents: dict[str, tuple[ModelMixin, dict[str, torch.Tensor]]] = {}
         for name, model in models.items():
             trained = trained_parameters(model)
             if trained and with_live:
-                contents[name] = (model, trained)
-            for decay in averages.averages if averages is not None else ():
+                contents[name] = (model, dict(trained))
+            if averages is None:
+                continue
+            for decay in averages.averages:
                 tensors = averages.tensors(decay)
                 averaged = {key: tensors[f"{name}.{key}"] for key in trained if f"{name}.{key}" in tensors}
                 if averaged:
                     contents[f"{name}_ema_{decay}"] = (model, averaged)
         return contents
 
-    def save(_, weights: list, folder: str) -> None:
+    def save(_: object, weights: list, folder: str) -> None:
         with_live = len(weights) > 0
         weights.clear()  # or accelerate would write the module as well
         for name, (model, tensors) in folders(with_live).items():
@@ -185,7 +187,7 @@ def save_checkpoint(
             accelerator.wait_for_everyone()
             if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            last = (list_checkpoints(output_dir) or ["none"])[-1]
+            last = next(reversed(list_checkpoints(output_dir)), "none")
             problem = problem or "another process could not write"
             raise CheckpointNotWritten(
                 f"{path} could not be written ({problem}; {free / 1e6:.1f} MB are free); the last good one is {last}"

@@ -161,8 +161,8 @@ def _convert_original(
     state |= _take_embeddings(tensors, time, "y_embedder.embedding_table.weight", width, class_rows)
     if not is_fit:
         config |= DIT_SWITCHES
-        config["base_size"] = _read_position_table(tensors, width)
-        config["sample_size"] = config["base_size"] * patch_size
+        base_size = _read_position_table(tensors, width)
+        config |= {"base_size": base_size, "sample_size": base_size * patch_size}
     if any(name.startswith("global_adaLN_modulation.") for name in tensors.left):
         (adaln_rank,) = tensors.shape("blocks.0.adaLN_modulation.1.bias", 1)
         config |= {"adaln_type": "low_rank", "adaln_rank": adaln_rank}
@@ -207,7 +207,7 @@ def _convert_original(
         config |= {"prediction_type": "flow", "timestep_scale": 0.001}
         notes.append("REPA's projectors, dropped; its time runs from data (0) to noise (1) as ours does")
     else:
-        config |= {"prediction_type": "flow"} | MIRRORED_TIME
+        config |= {"prediction_type": "flow", **MIRRORED_TIME}
         output = {name: -tensor for name, tensor in output.items()}
     if out_channels != in_channels and source != "dit":
         if is_fit:
@@ -252,10 +252,11 @@ def _convert_diffusers_dit(
     }
 
     # 2. Blocks and embeddings
-    state, differing = {}, []
+    state: dict[str, torch.Tensor] = {}
+    differing: list[str] = []
     for i in range(num_layers):
         block = f"transformer_blocks.{i}"
-        names = tuple(name.format(i) for name in time)
+        names = (time[0].format(i), time[1].format(i))
         embeddings = _take_embeddings(tensors, names, classes.format(i), width, class_rows)
         for name, tensor in embeddings.items():
             known = state.setdefault(name, tensor)
@@ -301,14 +302,14 @@ def convert_checkpoint(
     if dtypes:
         notes.append(f"{' and '.join(dtypes)} weights, made float32")
 
-    tensors = CheckpointTensors(_join_decoder_blocks(tensors) if source == "sit" else tensors)
+    taken = CheckpointTensors(_join_decoder_blocks(tensors) if source == "sit" else tensors)
     if source == "diffusers-dit":
-        state, config, found = _convert_diffusers_dit(tensors, num_attention_heads, in_channels)
+        state, config, found = _convert_diffusers_dit(taken, num_attention_heads, in_channels)
         config["base_size"] = (32 if sample_size is None else sample_size) // config["patch_size"]
     else:
-        state, config, found = _convert_original(tensors, source, num_attention_heads, in_channels)
+        state, config, found = _convert_original(taken, source, num_attention_heads, in_channels)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    tensors.check(f"{source} of width {width} with {config['num_layers']} blocks")
+    taken.check(f"{source} of width {width} with {config['num_layers']} blocks")
 
     if sample_size is not None:
         config["sample_size"] = sample_size

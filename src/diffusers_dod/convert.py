@@ -85,7 +85,7 @@ def load_folder(folder: Path) -> tuple[dict, dict]:
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for shard in sorted(set(read_json(index)["weight_map"].values())):
                 tensors |= load_tensors(folder / shard)
             return tensors, config

@@ -24,12 +24,12 @@ class EpochOrder:
 
     def __init__(self, num_images: int, seed: int, labels: Sequence[int] | None = None):
         self.num_images, self.seed = num_images, seed
-        self._epoch, self._order = None, None
-        self._members = None
+        self._epoch, self._order = -1, torch.empty(0)
+        self._members: tuple[torch.Tensor, ...] | None = None
         if labels is not None:
-            labels = torch.as_tensor(labels)
-            by_class = labels.argsort(stable=True)
-            self._members = by_class.split(labels.bincount()[labels.unique()].tolist())
+            classes = torch.as_tensor(labels)
+            by_class = classes.argsort(stable=True)
+            self._members = by_class.split(classes.bincount()[classes.unique()].tolist())
 
     def _epoch_order(self, epoch: int) -> torch.Tensor:
         generator = step_generator(self.seed, epoch)
@@ -38,7 +38,7 @@ class EpochOrder:
         # Classes take turns, in an order of their own for what does not divide; each fills its turns from its images.
         num_classes = len(self._members)
         turns = torch.randperm(num_classes, generator=generator)[torch.arange(self.num_images) % num_classes]
-        chosen = []
+        chosen: list[torch.Tensor] = []
         for members, count in zip(self._members, turns.bincount(minlength=num_classes).tolist()):
             rounds = -(-count // len(members))
             orders = [torch.randperm(len(members), generator=generator) for _ in range(rounds)]

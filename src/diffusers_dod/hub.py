@@ -38,12 +38,12 @@ VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROOT_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "evaluation.json", LORA_NAME)
 
 
-def _component_class(entry: list[str]) -> type:
+def _component_class(entry: list[str]) -> Any:
     own = {cls.__name__: cls for cls in (DoDTransformer2DModel, DoDLatentEmbedder)}
     return own.get(entry[1]) or getattr(diffusers, entry[1])
 
 
-def _components(folder: Path) -> dict[str, type]:
+def _components(folder: Path) -> dict[str, Any]:
     """The classes of the components that the folder's index names."""
     index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
     index = resolve_index(index, ["DoDPipeline"], __package__, str(folder))
@@ -268,7 +268,12 @@ def push_folder(
 
     with tempfile.TemporaryDirectory() as scratch:
         # 1. What goes up
-        about = {"repo_id": repo_id, "license": license, "datasets": datasets, "base_model": base_model}
+        about: dict[str, Any] = {
+            "repo_id": repo_id,
+            "license": license,
+            "datasets": datasets,
+            "base_model": base_model,
+        }
         if (folder / "README.md").is_file():
             card = (folder / "README.md").read_text(encoding="utf-8")
         elif is_lora:
@@ -283,8 +288,8 @@ def push_folder(
                     upload[path.relative_to(scratch).as_posix()] = path
         if dry_run:
             sizes = {path: len(x) if isinstance(x, bytes) else x.stat().st_size for path, x in upload.items()}
-            for path, size in sorted(sizes.items()):
-                print(f"{size:>14,}  {path}")
+            for name, size in sorted(sizes.items()):
+                print(f"{size:>14,}  {name}")
             print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files would go to {repo_id}")
             return None
 
@@ -302,7 +307,7 @@ def push_folder(
             for path in present
             if path not in upload and (path.partition("/")[0] in owned or path == "pipeline.py") and not is_lora
         ]
-        operations = [CommitOperationAdd(path, content) for path, content in upload.items()]
+        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in upload.items()]
         operations += [CommitOperationDelete(path) for path in stale]
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
@@ -310,7 +315,7 @@ def push_folder(
     return commit.pr_url or commit.commit_url
 
 
-def push_pipeline(pipeline: DoDPipeline, repo_id: str, **kwargs) -> str | None:
+def push_pipeline(pipeline: DoDPipeline, repo_id: str, **kwargs: Any) -> str | None:
     """Saves a pipeline and pushes it; `kwargs` are [`push_folder`]'s."""
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
@@ -329,7 +334,7 @@ class BackgroundPush:
         kwargs: arguments of [`push_folder`].
     """
 
-    def __init__(self, repo_id: str, **kwargs):
+    def __init__(self, repo_id: str, **kwargs: Any):
         self.repo_id, self.arguments = repo_id, kwargs
         self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self.running: Future | None = None

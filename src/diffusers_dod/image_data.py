@@ -1,6 +1,7 @@
 """Labelled images for training and evaluation: loading, checking, cropping, batching."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ def _is_saved_dataset(folder: str | Path) -> bool:
     return any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _load_folder(folder: str, labelled: bool, streaming: bool, cache_dir: str | None):
+def _load_folder(folder: str, labelled: bool, streaming: bool, cache_dir: str | None) -> Any:
     if not Path(folder).is_dir():
         raise ValueError("it is not a folder")
     if _is_saved_dataset(folder):
@@ -23,11 +24,11 @@ def _load_folder(folder: str, labelled: bool, streaming: bool, cache_dir: str | 
     if labelled and not any(path.is_dir() for path in Path(folder).iterdir()):
         raise ValueError("it has no subfolders, put the images of each class into one of their own")
     # By pattern, since `datasets` would take a class called "train" or "test" for a split.
-    files = "*/*" if labelled else "**"
+    files: str | list[str] = "*/*" if labelled else "**"
     if streaming:
         # In one fixed shuffled order: a buffer would hold few classes of a sorted folder.
-        files = sorted(str(path) for path in Path(folder).glob("*/*" if labelled else "**/*") if path.is_file())
-        files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+        found = sorted(str(path) for path in Path(folder).glob("*/*" if labelled else "**/*") if path.is_file())
+        files = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
     options = {"data_files": {"train": files}, "drop_labels": not labelled, "drop_metadata": True}
     if not streaming:
         options["data_dir"] = folder
@@ -152,7 +153,7 @@ def center_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), PIL.Image.Resampling.BICUBIC)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), PIL.Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

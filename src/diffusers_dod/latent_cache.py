@@ -44,8 +44,15 @@ def sample_posterior(
     Args:
         mean (`torch.Tensor`), std (`torch.Tensor`, *optional*): `(batch, channels, height, width)`.
         noise (`torch.Tensor`, *optional*): standard normal, of the same shape; not read where there is no `std`.
+
+    Raises:
+        ValueError: if there is a `std` but no noise.
     """
-    return mean.float() if std is None else mean.float() + std.float() * noise
+    if std is None:
+        return mean.float()
+    if noise is None:
+        raise ValueError("A posterior with a standard deviation needs `noise` of its shape.")
+    return mean.float() + std.float() * noise
 
 
 def select_flip(values: torch.Tensor, flipped: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,9 +146,10 @@ class CachedLatents(Dataset):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        if self.manifest is None:
+        manifest = read_manifest(folder)
+        if manifest is None:
             raise ValueError(f"{folder} holds no cached latents: make them with examples/cache_latents.py.")
+        self.manifest = manifest
         if self.manifest["shards"] is None:
             raise ValueError(f"{folder} is not finished: run its cache_latents.py command again, which goes on.")
         for number, shard in enumerate(self.manifest["shards"]):

@@ -68,6 +68,12 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "prior_tokens"]
 
+    # Of the call that runs
+    _num_stages: int
+    _current_stage: int
+    _num_timesteps: int
+    _interrupt: bool
+
     def __init__(
         self,
         # Not the models' own classes: a repository's code for the pipeline is one file, and theirs are others.
@@ -75,7 +81,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latent_embedder: ModelMixin,
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
-        id2label: Optional[dict[str, str]] = None,  # noqa: UP045
+        id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, latent_embedder=latent_embedder, scheduler=scheduler, vae=vae)
@@ -101,7 +107,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
 
     @staticmethod
-    def _check_components(transformer_config, embedder_config, vae: ModelMixin | None) -> None:
+    def _check_components(transformer_config: Any, embedder_config: Any, vae: ModelMixin | None) -> None:
         width = transformer_config.num_attention_heads * transformer_config.attention_head_dim
         output_patch_size = embedder_config.output_patch_size or embedder_config.patch_size
         for what, embedder_value, transformer_value in (
@@ -121,7 +127,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DoDPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DoDPipeline":
         """Loads a pipeline from a folder or from the Hub; code that it carries is neither needed nor run.
 
         Args:
@@ -143,7 +149,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
     # package that does not; overriding it and `load_config` changes nothing outside this class.
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Downloads what `from_pretrained` reads of a repository, without its code; returns the folder."""
         options = {
             name: kwargs[name]
@@ -153,14 +159,14 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return download_snapshot(pretrained_model_name, passed_components=set(kwargs), **options)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict[str, Any] | tuple:
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict[str, Any] | tuple:
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
         classes = [base.__name__ for base in cls.__mro__]
         config = resolve_index(config, classes, __name__.rpartition(".")[0], str(pretrained_model_name_or_path))
         return (config, *rest) if rest else config
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the pipeline and its code, so that it also loads with diffusers alone and `trust_remote_code=True`.
 
         Args:
@@ -181,7 +187,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
 
         Args:
@@ -401,7 +407,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @staticmethod
     def _is_count(value: Any, least: int = 1) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
     @staticmethod
     def _per_stage(value: Any, num_stages: int) -> list:
@@ -452,10 +458,9 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latent_shape = self._latent_shape(height, width)
         if isinstance(image, list) and not image:
             raise ValueError("`image` is an empty list: pass at least one picture.")
-        is_latents = torch.is_tensor(image) and (
+        if torch.is_tensor(image) and (
             tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
-        )
-        if is_latents:
+        ):
             image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
         else:
             is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
@@ -677,12 +682,12 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             ValueError: for arguments that do not fit the model, the scheduler or each other.
         """
         # 1. What to make, and whether it can be made
-        class_ids = self.prepare_class_labels(class_labels)
+        label_ids = self.prepare_class_labels(class_labels)
         if not self._is_count(num_images_per_prompt):
             raise ValueError(
                 f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1."
             )
-        batch_size = len(class_ids) * num_images_per_prompt
+        batch_size = len(label_ids) * num_images_per_prompt
         sample_size = self.transformer.config.sample_size
         sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if torch.is_tensor(latents) and latents.ndim == 4:
@@ -706,7 +711,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
         )
         device, dtype = self._execution_device, self.transformer.dtype
-        class_ids = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
+        class_ids = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
         self._num_stages, self._num_timesteps, self._interrupt = num_stages, 0, False
         self._current_timestep = None
 

@@ -10,6 +10,7 @@ The projector is trained along and is not needed afterwards.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -89,19 +90,21 @@ class REPAEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, image_mean: list[float], image_std: list[float]):
         super().__init__()
         model = getattr(model, "vision_model", model)
-        self.patch_size = getattr(model.config, "patch_size", None)
-        if not isinstance(self.patch_size, int):
+        patch_size = getattr(model.config, "patch_size", None)
+        if not isinstance(patch_size, int):
             raise ValueError(f"{type(model).__name__} is no vision transformer of square patches, REPA needs one.")
-        self.width: int = model.config.hidden_size
+        self.patch_size, self.width = patch_size, int(model.config.hidden_size)
         self.model = model.float().requires_grad_(False).eval()
         interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         # The others, such as DINOv2, fit their positions to any size unasked.
         self._options = {"interpolate_pos_encoding": True} if interpolates else {}
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         for name, values in (("mean", image_mean), ("std", image_std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **kwargs) -> "REPAEncoder":
+    def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "REPAEncoder":
         """Loads model and image normalization.
 
         Args:

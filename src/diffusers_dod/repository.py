@@ -32,7 +32,7 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     source = file.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
             is_new = node.module not in inlined
             inlined.add(node.module)
             text = standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""

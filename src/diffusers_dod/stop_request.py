@@ -26,6 +26,6 @@ class StopRequest:
         self._before = {each: signal.signal(each, self._note) for each in self.SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)

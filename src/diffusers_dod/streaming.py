@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import datasets
 import torch
@@ -55,7 +56,9 @@ class ShuffledStream:
         return list(itertools.islice(data, self.buffer_size)), json.loads(json.dumps(data.state_dict()))
 
     def __iter__(self) -> Iterator[tuple[list[dict], str]]:
-        state = {"epoch": 0, "block": 0, "start": None, "used": 0} if self.state is None else json.loads(self.state)
+        state: dict[str, Any] = (
+            {"epoch": 0, "block": 0, "start": None, "used": 0} if self.state is None else json.loads(self.state)
+        )
         rows = []
         with ThreadPoolExecutor(1) as reader:
             reading = reader.submit(self._read_block, state["epoch"], state["start"])
@@ -64,7 +67,12 @@ class ShuffledStream:
                 if not block and state["block"] == 0:
                     raise ValueError("the stream holds no images for this process")
                 if block:
-                    following = {"epoch": state["epoch"], "block": state["block"] + 1, "start": end, "used": 0}
+                    following: dict[str, Any] = {
+                        "epoch": state["epoch"],
+                        "block": state["block"] + 1,
+                        "start": end,
+                        "used": 0,
+                    }
                 else:
                     following = {"epoch": state["epoch"] + 1, "block": 0, "start": None, "used": 0}
                 reading = reader.submit(self._read_block, following["epoch"], following["start"])

@@ -1,6 +1,7 @@
 """The DoD backbone: a class-conditional diffusion transformer that may also see prior tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers.loaders.peft as diffusers_peft
 import torch
@@ -183,7 +184,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         for linear in (*modulations, self.proj_out):
             nn.init.zeros_(linear.weight)
 
-    def enable_cache(self, config) -> None:
+    def enable_cache(self, config: Any) -> None:
         if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
             raise ValueError(
                 "FasterCache would drop the unguided half of a batch without its `class_labels`: pass "

@@ -69,6 +69,8 @@ class TransformersExtractor(nn.Module):
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         size = getattr(processor, "crop_size", None) or processor.size
         self.side = size.get("height") or size["shortest_edge"]
+        self.image_mean: torch.Tensor
+        self.image_std: torch.Tensor
         for name in ("image_mean", "image_std"):
             self.register_buffer(name, torch.tensor(getattr(processor, name)).view(3, 1, 1))
 

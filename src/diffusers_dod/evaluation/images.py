@@ -1,7 +1,8 @@
 """Sets of images to evaluate: a folder, an `.npz` of ADM, or a dataset, as batches of uint8."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,7 +19,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class _Pictures(Dataset):
     """Images one by one as `(3, height, width)` of uint8."""
 
-    def __init__(self, rows, read, resolution: int | None):
+    def __init__(self, rows: Any, read: Callable[[Any], PIL.Image.Image], resolution: int | None):
         self.rows, self.read, self.resolution = rows, read, resolution
 
     def __len__(self) -> int:
@@ -62,7 +63,11 @@ class ImageSet:
             self.rows = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             self.read = PIL.Image.open
         else:
-            data, _ = load_labelled_images(*((source, None) if path.is_dir() else (None, source)), label_column=None)
+            data, _ = (
+                load_labelled_images(folder=source, label_column=None)
+                if path.is_dir()
+                else load_labelled_images(dataset_name=source, label_column=None)
+            )
             self.rows, self.read = data, lambda row: read_image(row["image"])
         if not len(self.rows) and not self.statistics:
             raise ValueError(f"{source} holds no images.")

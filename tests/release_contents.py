@@ -1,0 +1,35 @@
+"""Checks what a wheel and an sdist hold: `release_contents.py WHEEL SDIST`, from the repository's root."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+
+def main(wheel: str, sdist: str) -> None:
+    package = Path("src/diffusers_dod")
+    expected = {
+        path.relative_to("src").as_posix(): path.read_bytes()
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".md", ".txt", ".typed")
+    }
+    assert {f"diffusers_dod/{name}" for name in ("model_card.md", "imagenet_labels.txt", "py.typed")} <= expected.keys()
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name: archive.read(name) for name in archive.namelist()}
+    information = {name: content for name, content in found.items() if ".dist-info/" in name}
+    assert {name: content for name, content in found.items() if name not in information} == expected, sorted(found)
+    license_file = next(content for name, content in information.items() if name.endswith("/LICENSE"))
+    assert license_file == Path("LICENSE").read_bytes()
+    metadata = next(content for name, content in information.items() if name.endswith("/METADATA")).decode()
+    assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: diffusers>=" in metadata
+
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        root = archive.getnames()[0].partition("/")[0]
+        for name, content in expected.items():
+            assert archive.extractfile(f"{root}/src/{name}").read() == content, name
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names, names
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

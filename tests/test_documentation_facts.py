@@ -1,0 +1,156 @@
+"""What the documentation says without commands: links, options, messages, supported combinations, the API reference."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import yaml
+
+import diffusers_dod
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("model_card.md",)]
+SOURCES = [*ROOT.glob("src/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]
+CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/\w+\.py) "([^"]+)"\)( ¹)?')
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)", without_code(page.read_text()))
+    for link in links:
+        if link.startswith(("https://", "http://", "#")) and not link.startswith("#"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES:
+        if page.name != "README.md":
+            assert f"]({page.relative_to(ROOT).as_posix()}" in readme, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_and_files_that_are_named_exist(page):
+    text = page.read_text()
+    source = "\n".join(path.read_text() for path in SOURCES)
+    # Of other programs
+    foreign = {"--config_file", "--nproc_per_node", "--editable", "--dry-run", "--no-compile", "--help"}
+    for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - foreign:
+        assert f'"{option}"' in source, option
+    for name in set(re.findall(r"\b(?:examples|tests|benchmarks|docs|src)/[\w/.]*\w\.\w+", text)):
+        assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), name
+
+
+def messages() -> list[str]:
+    """The texts in our sources, with `…` for what is filled in."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [text.replace("`", "") for text in found]
+
+
+def test_messages_are_ours():
+    rows = (ROOT / "docs/troubleshooting.md").read_text().partition("## Messages")[2].splitlines()
+    quoted = [re.match(r"\| `([^`]+)` \|", row)[1] for row in rows if row.startswith("| `")]
+    ours = messages()
+    assert len(quoted) > 15
+    for message in quoted:
+        parts = [re.escape(part) for part in message.split("…")]
+        assert any(re.search(".*".join(parts), text) for text in ours), message
+
+
+class Collection:
+    """A plugin of pytest that keeps the names of what a run would run."""
+
+    def pytest_collection_finish(self, session):
+        self.names = [item.nodeid for item in session.items]
+
+
+def test_every_cell_of_the_support_matrix_names_a_test():
+    rows = [row for row in (ROOT / "docs/support.md").read_text().splitlines() if row.startswith("| ")]
+    named = set()
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        for cell in cells:
+            if CELL.fullmatch(cell):
+                named.add("::".join(CELL.fullmatch(cell).group(2, 3)))
+            else:
+                # A head, nothing, or what is said to be untested
+                assert cell in ("", "no") or "](" not in cell and row in heads(rows), (row, cell)
+    assert len(named) > 100
+    if not hasattr(diffusers, "AutoencoderRAE"):  # came after 0.36, the oldest version supported
+        named = {name for name in named if "rae" not in name}
+    collection = Collection()
+    files = sorted({name.partition("::")[0] for name in named})
+    pytest.main(
+        ["--collect-only", "--quiet", f"--rootdir={ROOT}", *(str(ROOT / file) for file in files)], [collection]
+    )
+    # Of a parametrized test a cell may name all
+    collected = {name for test in collection.names for name in (test, test.partition("[")[0])}
+    assert named <= collected, named - collected
+
+
+def heads(rows: list[str]) -> list[str]:
+    text = (ROOT / "docs/support.md").read_text()
+    return re.findall(r"^(\|.*\|)\n\|---", text, re.MULTILINE)
+
+
+def test_the_api_reference_is_that_of_the_docstrings():
+    made = load(ROOT / "docs/make_api.py").make_api()
+    assert made == (ROOT / "docs/api.md").read_text(), "run `python docs/make_api.py`"
+
+
+def test_the_drawing_is_that_of_its_script():
+    assert load(ROOT / "docs/draw_method.py").draw() == (ROOT / "docs/images/method.svg").read_text()
+
+
+def test_versions_and_authors_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == diffusers_dod.__version__
+    assert diffusers_dod.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    names = [
+        f"{author['family-names']}, {author['given-names']}" for author in citation["preferred-citation"]["authors"]
+    ]
+    for page in ("README.md", "model_card.md"):
+        assert f"author={{{' and '.join(names)}}}" in (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "examples/accelerate_configs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_accelerate_reads_its_configurations(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(config)).num_processes > 1

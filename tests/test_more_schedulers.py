@@ -1,0 +1,58 @@
+"""Schedulers and prediction types beside those that test_pipeline_schedulers.py tries with every autoencoder."""
+
+import diffusers
+import pytest
+import torch
+from helpers import tiny_pipeline, tiny_transformer
+from plain_sampling import plain_sample
+from test_pipeline_schedulers import FLOW, FLOW_SCHEDULERS, NOISE_SCHEDULERS, assert_same
+
+
+FLOW_ONLY = {"flow": FLOW}
+NOISE = {kind: {"prediction_type": kind} for kind in ("epsilon", "v_prediction")}
+SAMPLE = {"sample": {"prediction_type": "sample"}}
+CONFIGS = {
+    "DEISMultistepScheduler": FLOW_ONLY | NOISE | SAMPLE,
+    "DPMSolverSinglestepScheduler": FLOW_ONLY | NOISE | SAMPLE,
+    "SASolverScheduler": FLOW_ONLY | NOISE | SAMPLE,
+    "HeunDiscreteScheduler": NOISE | SAMPLE,
+    "LMSDiscreteScheduler": NOISE | SAMPLE,
+    "LCMScheduler": NOISE | SAMPLE,
+    "TCDScheduler": NOISE | SAMPLE,
+    "EulerAncestralDiscreteScheduler": NOISE,
+    "KDPM2DiscreteScheduler": NOISE,
+    "KDPM2AncestralDiscreteScheduler": NOISE,
+    "EDMEulerScheduler": NOISE,
+    "EDMDPMSolverMultistepScheduler": NOISE,
+} | dict.fromkeys(dict.fromkeys(name for name, _ in NOISE_SCHEDULERS.values()), SAMPLE)
+CASES = {f"{name}-{kind}": (name, config) for name, kinds in CONFIGS.items() for kind, config in kinds.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_guided_stages_equal_plain_sampling(case):
+    name, config = CASES[case]
+
+    def make_scheduler():
+        return getattr(diffusers, name)(**config)
+
+    pipe = tiny_pipeline(scheduler=make_scheduler())
+    arguments = {"num_inference_steps": 3, "guidance_interval": (0, 1), "output_type": "latent"}
+    output = pipe([1, 3], generator=torch.Generator().manual_seed(0), return_stages=True, **arguments)
+    expected = plain_sample(pipe, make_scheduler, [1, 3], torch.Generator().manual_seed(0))
+    for sample, expected_sample in zip(output.stages, expected):
+        assert_same(sample, expected_sample)
+
+
+NOISE_CLASSES = dict.fromkeys([*CONFIGS, *(name for name, _ in NOISE_SCHEDULERS.values())])
+FLOW_MATCH_CLASSES = [name for name, _ in FLOW_SCHEDULERS.values() if name.startswith("FlowMatch")]
+REFUSED = [(name, "flow") for name in NOISE_CLASSES]
+REFUSED += [(name, kind) for name in FLOW_MATCH_CLASSES for kind in ("epsilon", "v_prediction", "sample")]
+
+
+@pytest.mark.parametrize("name, kind", REFUSED)
+def test_scheduler_of_another_prediction_is_refused(name, kind):
+    pipe = tiny_pipeline(
+        scheduler=getattr(diffusers, name)(), transformer=tiny_transformer(num_layers=0, prediction_type=kind)
+    )
+    with pytest.raises(ValueError, match="use a scheduler made for"):
+        pipe(1, num_inference_steps=1)
