@@ -13,7 +13,9 @@ def main(wheel: str, sdist: str) -> None:
         for path in package.rglob("*")
         if path.suffix in (".py", ".md", ".txt", ".typed")
     }
-    assert {f"diffusers_dod/{name}" for name in ("model_card.md", "imagenet_labels.txt", "py.typed")} <= expected.keys()
+    assert {
+        f"diffusers_dod/{name}" for name in ("model_card.md", "imagenet_labels.txt", "py.typed")
+    } <= expected.keys()
     with zipfile.ZipFile(wheel) as archive:
         found = {name: archive.read(name) for name in archive.namelist()}
     information = {name: content for name, content in found.items() if ".dist-info/" in name}
