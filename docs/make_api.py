@@ -17,6 +17,7 @@ MODULES = {
     "diffusers_dod.latent_cache": None,
     "diffusers_dod.repa": None,
     "diffusers_dod.evaluation": None,
+    "diffusers_dod.viz": None,
 }
 
 

@@ -7,6 +7,7 @@ LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-ran
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -70,11 +71,11 @@ def keep_tables(make: Callable) -> Callable:
     """
 
     @functools.lru_cache(maxsize=32)
-    def kept(is_inference: bool, *arguments):
+    def kept(is_inference: bool, *arguments: Any) -> Any:
         return make(*arguments)
 
     @functools.wraps(make)
-    def wrapper(*arguments):
+    def wrapper(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
             return make(*arguments)
         return kept(torch.is_inference_mode_enabled(), *arguments)

@@ -556,7 +556,8 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             "learned_range",
         )
         # Of guided steps and of the others, until a callback changes what they depend on
-        conditions, parts = {}, None
+        conditions: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        parts: int | None = None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             progress_bar.set_description(f"Stage {self._current_stage}/{self._num_stages}")

@@ -45,7 +45,8 @@ def choose_classes(pipe: DoDPipeline, names: list[str] | None) -> list[int | Non
     """Class ids of ids or names; `None` for a model without classes."""
     num_classes = pipe.transformer.config.num_classes
     if names is None:
-        return list(range(min(num_classes, MAX_COLUMNS))) or [None] * MAX_COLUMNS
+        first: list[int | None] = [*range(min(num_classes, MAX_COLUMNS))]
+        return first or [None] * MAX_COLUMNS
     return pipe.prepare_class_labels(
         [name if name in pipe.labels or not name.isdigit() else int(name) for name in names]
     )

@@ -56,7 +56,7 @@ def stage_grid(
     return titled
 
 
-def _fit(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def _fit(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The longest start of a text that fits a width."""
     if font.getlength(text) <= width:
         return text
