@@ -47,9 +47,11 @@ def choose_classes(pipe: DoDPipeline, names: list[str] | None) -> list[int | Non
     if names is None:
         first: list[int | None] = [*range(min(num_classes, MAX_COLUMNS))]
         return first or [None] * MAX_COLUMNS
-    return pipe.prepare_class_labels(
-        [name if name in pipe.labels or not name.isdigit() else int(name) for name in names]
-    )
+    return [
+        *pipe.prepare_class_labels(
+            [name if name in pipe.labels or not name.isdigit() else int(name) for name in names]
+        )
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
