@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
@@ -338,6 +339,20 @@ def evil_repositories(folder, marker):
         "foreign": ({**files, "model_index.json": foreign, "scheduler/evil.py": evil, "evil.py": evil}, "import evil"),
         "stranger": ({**files, "model_index.json": stranger, "pipeline.py": evil}, "trust_remote_code=True"),
     }
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchHeunDiscreteScheduler(),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_pipeline_of_any_scheduler_is_in_order(tmp_path, scheduler):
+    tiny_pipeline(scheduler=scheduler).save_pretrained(tmp_path)
+    assert check_folder(tmp_path, "mit") == []
 
 
 def test_repositories_that_want_to_run_code(hub, tmp_path):

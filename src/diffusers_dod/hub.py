@@ -124,8 +124,9 @@ def check_folder(folder: str | Path, license: str | None = None) -> list[str]:
     for name, cls in components.items():
         try:
             config = cls.load_config(folder / name)
-            # Not accelerate's `init_empty_weights`, which would reach the models that other threads build.
-            with torch.device("meta"):
+            # Not accelerate's `init_empty_weights`, which would reach the models that other threads build. Schedulers move
+            # their tensors to the CPU, which those of no content cannot do.
+            with torch.device("meta" if _is_model(cls) else "cpu"):
                 loaded[name] = cls.from_config(config)
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"{name}: {str(error).strip().splitlines()[0]}")

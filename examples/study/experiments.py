@@ -1,0 +1,58 @@
+"""The runs of the study and how each is sampled."""
+
+from dataclasses import replace
+
+from measure_model import Setting, unguided
+from train_model import Variant
+
+
+# Steps of a run, the samples that each figure is of, and where the curves have points, as shares of a run.
+STEPS = 4000
+NUM_SAMPLES = 1000
+MARKS = (0.25, 0.5, 1.0)
+
+CLASS_ONLY = Variant(prior_drop=1.0)
+DOD = Variant(code_noise=0.3)
+
+# What every data set is run with.
+MAIN = {"class_only": CLASS_ONLY, "dod": DOD}
+# What is varied, one thing at a time.
+ABLATIONS = {
+    "bottleneck grid 4x4, 1 channel": replace(DOD, bottleneck=(4, 1)),
+    "bottleneck grid 2x2, 2 channels": replace(DOD, bottleneck=(2, 2)),
+    "bottleneck grid 2x2, 8 channels": replace(DOD, bottleneck=(2, 8)),
+    "bottleneck grid 1x1, 8 channels": replace(DOD, bottleneck=(1, 8)),
+    "deeper embedder (3 + 2)": replace(DOD, embedder_layers=(3, 2)),
+    "prior drop 0.25": replace(DOD, prior_drop=0.25),
+    "prior drop 0.75": replace(DOD, prior_drop=0.75),
+    "no code noise": replace(DOD, code_noise=0.0),
+    "code noise 0.6": replace(DOD, code_noise=0.6),
+    "input noise 0.5": replace(DOD, input_noise=0.5),
+    "own samples as priors": replace(DOD, own_prior=0.5),
+}
+VARIANTS = MAIN | ABLATIONS
+
+STAGE = 12
+PAIR = unguided(STAGE, STAGE)
+ALL_STAGES = unguided(*[STAGE] * 4)
+REAL_PRIOR = unguided(STAGE, STAGE, real_prior=True)
+LONG = unguided(2 * STAGE)
+CLASS_ONLY_GUIDED = [Setting((2 * STAGE,), (scale,)) for scale in (1.5, 2.0, 2.5, 3.0, 4.0)]
+DOD_GUIDED = [
+    Setting((STAGE, STAGE), scales) for scales in ((1.5, 1.0), (1.5, 1.5), (2.0, 2.0), (2.5, 2.5), (3.0, 2.0))
+]
+SPLITS = [unguided(6, 18), unguided(18, 6)]
+
+
+def settings(name: str, step: int, steps: list[int]) -> list[Setting]:
+    """How the run of a variant is sampled after `step`: most fully where it is compared, briefly on the way there."""
+    if name == "class_only":
+        full = [LONG, *CLASS_ONLY_GUIDED]
+        # The last two are equal steps and equal time.
+        return {steps[-2]: [unguided(STAGE), *full], steps[-1]: full}.get(step, [LONG])
+    if step != steps[-1]:
+        return [PAIR]
+    if name == "dod":
+        return [ALL_STAGES, REAL_PRIOR, *SPLITS, *DOD_GUIDED]
+    noisy = [unguided(STAGE, STAGE, prior_noise=0.25)] if VARIANTS[name].input_noise else []
+    return [PAIR, REAL_PRIOR, *noisy]

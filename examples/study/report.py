@@ -1,0 +1,264 @@
+"""Tables and plots of the study's runs.
+
+    python examples/study/report.py digits --output_dir outputs/study             # writes docs/evidence/
+    python examples/study/report.py digits --output_dir outputs/study --compare   # compares with what is committed
+
+Writes `docs/evidence/<data>.json` (every figure of every run) and `<data>-*.png`, and puts the tables into
+`docs/evidence.md`, each between `<!-- <data>:<table> -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from data_sets import DATA_SETS
+from experiments import (
+    ABLATIONS,
+    ALL_STAGES,
+    CLASS_ONLY_GUIDED,
+    DOD_GUIDED,
+    LONG,
+    PAIR,
+    REAL_PRIOR,
+    SPLITS,
+    STAGE,
+)
+from measure_model import Setting, unguided
+
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+FIGURES = {
+    "fd": ("FD", 1),
+    "fd_pca": ("FD, PCA", 2),
+    "accuracy": ("accuracy", 3),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "density": ("density", 2),
+    "coverage": ("coverage", 3),
+}
+
+
+class Results:
+    """All rows of a data set's runs, found by what they are of.
+
+    `steps` are a run's; `equal_time` the class-only rival's steps in DoD's time.
+    """
+
+    def __init__(self, facts: dict, runs: list[dict]):
+        self.facts, self.runs = facts, runs
+        self.values: dict[tuple, dict[int, dict]] = defaultdict(dict)
+        for run in runs:
+            if run["variant"] == "class_only":
+                self.steps, self.equal_time = run["steps"][-2:]
+            for row in run["rows"]:
+                key = (run["variant"], row["step"], row["setting"], row["stage"])
+                self.values[key][run["seed"]] = row
+
+    def seeds(self, variant: str, step: int, setting: Setting, stage: int) -> dict[int, dict]:
+        """Rows by seed."""
+        return self.values.get((variant, step, str(setting), stage), {})
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation over seeds."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def figures(rows: dict[int, dict], names: list[str]) -> list[str]:
+    return [spread([row[name] for row in rows.values()], FIGURES[name][1]) for name in names]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def configurations(results: Results) -> list[tuple[str, tuple]]:
+    """What the main table compares: a name, and where its rows are."""
+    steps = results.steps
+    rows = [(f"DoD, stage {stage}", ("dod", steps, ALL_STAGES, stage)) for stage in (1, 2, 3, 4)]
+    rows += [(f"DoD, {setting}", ("dod", steps, setting, 2)) for setting in [*SPLITS, REAL_PRIOR, *DOD_GUIDED]]
+    rivals = [unguided(STAGE), LONG, *CLASS_ONLY_GUIDED]
+    rows += [(f"class-only, {setting}", ("class_only", steps, setting, 1)) for setting in rivals]
+    equal_time = results.equal_time
+    rows += [(f"class-only, equal time, {setting}", ("class_only", equal_time, setting, 1)) for setting in rivals]
+    return rows
+
+
+def main_table(results: Results) -> str:
+    names = list(FIGURES)
+    rows = []
+    for name, key in configurations(results):
+        found = results.seeds(*key)
+        if found:
+            evaluations = next(iter(found.values()))["evaluations"]
+            rows.append([name, f"{evaluations:g}", *figures(found, names)])
+    real = results.facts["real"]
+    rows.append(["held-out real images", "", *(f"{real[name]:.{FIGURES[name][1]}f}" for name in names)])
+    return table(["", "evaluations", *(FIGURES[name][0] for name in names)], rows)
+
+
+def ratio(results: Results, one: tuple, other: tuple, name: str) -> str:
+    """Mean over seeds of one configuration's figure over another's, with the range."""
+    rivals = results.seeds(*other)
+    ratios = [row[name] / rivals[seed][name] for seed, row in results.seeds(*one).items() if seed in rivals]
+    return f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def best(results: Results, variant: str, step: int, settings: list[Setting]) -> tuple:
+    """The setting whose last stage has the least mean distance."""
+    keys = [(variant, step, setting, len(setting.steps)) for setting in settings]
+    return min(keys, key=lambda key: statistics.mean(row["fd"] for row in results.seeds(*key).values()))
+
+
+def ratio_table(results: Results) -> str:
+    steps, equal_time = results.steps, results.equal_time
+    stage_1, stage_2 = (("dod", steps, ALL_STAGES, stage) for stage in (1, 2))
+    guided = best(results, "dod", steps, [setting for setting in DOD_GUIDED if setting.evaluations(2) <= 3 * STAGE])
+    rivals = [
+        ("unguided: stage 2 / stage 1", stage_2, stage_1),
+        ("unguided: stage 2 / class-only, equal steps and evaluations", stage_2, ("class_only", steps, LONG, 1)),
+        ("unguided: stage 2 / class-only, equal time and evaluations", stage_2, ("class_only", equal_time, LONG, 1)),
+        ("guided, each at its best: equal steps", guided, best(results, "class_only", steps, CLASS_ONLY_GUIDED)),
+        ("guided, each at its best: equal time", guided, best(results, "class_only", equal_time, CLASS_ONLY_GUIDED)),
+    ]
+    rows = [[text, *(ratio(results, one, other, name) for name in ("fd", "fd_pca"))] for text, one, other in rivals]
+    return table(["ratio of distances, mean (range) over seeds", FIGURES["fd"][0], FIGURES["fd_pca"][0]], rows)
+
+
+def explanation_table(results: Results) -> str:
+    rows = results.seeds("dod", results.steps, ALL_STAGES, 2)
+    texts = {
+        "code_fd": "Fréchet distance of stage 1's codes to real codes, over their variance",
+        "stage_2_to_1": "root mean square difference of stage 2 from its stage 1",
+        "nearest_training": "median distance of stage 2 to the nearest training image",
+        "nearest_training_held_out": "the same of held-out real images",
+    }
+    lines = [[text, spread([row[key] for row in rows.values()], 3)] for key, text in texts.items()]
+    return table(["", "mean ± standard deviation over seeds"], lines)
+
+
+def ablation_table(results: Results) -> str:
+    ablations = [run for run in results.runs if run["variant"] in ABLATIONS]
+    seeds = {run["seed"] for run in ablations}
+    lines = []
+    for name in ("dod", *ABLATIONS):
+        pair = ALL_STAGES if name == "dod" else PAIR
+        keys = [(pair, 1), (pair, 2), (REAL_PRIOR, 2)]
+        found = [results.seeds(name, results.steps, *key) for key in keys]
+        stages = [[row for seed, row in rows.items() if seed in seeds] for rows in found]
+        if not stages[1]:
+            continue
+        columns = [("fd", 1, stage) for stage in stages]
+        columns += [("accuracy", 3, stages[1]), ("code_fd", 3, stages[1]), ("stage_2_to_1", 2, stages[1])]
+        cells = [spread([row[figure] for row in rows], digits) for figure, digits, rows in columns]
+        lines.append(["as in the main table" if name == "dod" else name, str(len(stages[1])), *cells])
+    head = [
+        "",
+        "seeds",
+        "stage 1",
+        "stage 2",
+        "real image as prior",
+        "accuracy, stage 2",
+        "code distance",
+        "stage 2 to 1",
+    ]
+    return table(head, lines)
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Unguided distance against training steps, and against training time."""
+    step_ratio = results.facts["step_time_ratio"]
+    lines = [
+        (f"class-only, {2 * STAGE} evaluations", "class_only", [LONG], 1, 1.0),
+        (f"DoD, stage 1, {STAGE} evaluations", "dod", [PAIR, ALL_STAGES], 1, step_ratio),
+        (f"DoD, stage 2, {2 * STAGE} evaluations", "dod", [PAIR, ALL_STAGES], 2, step_ratio),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, by_time in zip(axes, (False, True)):
+        for label, variant, settings, stage, cost in lines:
+            texts = {str(setting) for setting in settings}
+            points = {
+                step: [row["fd"] for row in rows.values()]
+                for (of, step, text, number), rows in results.values.items()
+                if (of, number) == (variant, stage) and text in texts
+            }
+            marks = sorted(points)
+            x = [step * (cost if by_time else 1) for step in marks]
+            axis.plot(x, [statistics.mean(points[step]) for step in marks], marker="o", label=label)
+            axis.fill_between(x, *([edge(points[step]) for step in marks] for edge in (min, max)), alpha=0.2)
+        axis.set_xlabel("training time, in class-only steps" if by_time else "training steps")
+        axis.set_yscale("log")
+    axes[0].set_ylabel("Fréchet distance, unguided")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(results: Results, committed: Results) -> None:
+    """Says how the distances of this machine's runs lie to the committed ones."""
+    outside = 0
+    for key, rows in sorted(results.values.items()):
+        before = [row["fd"] for row in committed.values.get(key, {}).values()]
+        now = [row["fd"] for row in rows.values()]
+        if not before or key[0] not in ("dod", "class_only"):
+            continue
+        # Three times the seeds' standard deviation, or 15 % where that is more.
+        margin = max(3 * statistics.stdev(before) if len(before) > 1 else 0, 0.15 * statistics.mean(before))
+        difference = statistics.mean(now) - statistics.mean(before)
+        outside += abs(difference) > margin
+        print(
+            f"{'OUTSIDE' if abs(difference) > margin else 'within '} {key}: {spread(now, 1)}, committed {spread(before, 1)}"
+        )
+    print(f"{outside} of the figures lie outside three standard deviations of the committed ones.")
+
+
+def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
+    tables = {"main": main_table, "ratios": ratio_table, "why": explanation_table}
+    if any(run["variant"] in ABLATIONS for run in results.runs):
+        tables["ablations"] = ablation_table
+    return tables
+
+
+def load(folder: Path) -> Results:
+    runs = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))]
+    return Results(json.loads((folder / "data.json").read_text()), runs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", choices=DATA_SETS)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--compare", action="store_true")
+    args = parser.parse_args()
+    for name in args.data:
+        results = load(args.output_dir / name)
+        if args.compare:
+            print(f"## {name}\n\n{ratio_table(results)}\n")
+            committed = json.loads((DOCS / "evidence" / f"{name}.json").read_text())
+            compare(results, Results(committed["facts"], committed["runs"]))
+            continue
+        (DOCS / "evidence").mkdir(exist_ok=True)
+        text = json.dumps({"facts": results.facts, "runs": results.runs}, indent=0)
+        (DOCS / "evidence" / f"{name}.json").write_text(text + "\n")
+        plot_curves(results, DOCS / "evidence" / f"{name}-curves.png")
+        report = (DOCS / "evidence.md").read_text()
+        for title, make in tables_of(results).items():
+            start, end = f"<!-- {name}:{title} -->\n", "\n<!-- end -->"
+            before, rest = report.split(start)
+            report = before + start + make(results) + end + rest.split(end, 1)[1]
+        (DOCS / "evidence.md").write_text(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The study of `examples/study/`: its parts at tiny sizes, and that the report says what the committed figures say."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import EXAMPLES
+from PIL import ImageFont
+
+from diffusers_dod import DoDPipeline
+
+
+sys.path.insert(0, str(EXAMPLES / "study"))
+
+import report  # noqa: E402
+from data_sets import DataSet, digits, draw_letter  # noqa: E402
+from experiments import ABLATIONS, CLASS_ONLY, DOD, VARIANTS, settings  # noqa: E402
+from measure_model import Setting, explain, measure, sample, unguided  # noqa: E402
+from referee import Referee  # noqa: E402
+from train_model import Size, build_models, one_step_samples, train, training_step  # noqa: E402
+
+
+SIZE = Size(width=32, heads=2, layers=1, batch_size=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compiling():
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits(None)
+
+
+@pytest.fixture(scope="module")
+def referee(data):
+    return Referee(data, steps=150)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    train(data, DOD, SIZE, [3, 6], seed=0, folder=folder)
+    return folder
+
+
+def test_nothing_held_out_is_trained_on(data):
+    assert (len(data.images), len(data.held_out_images)) == (4000, 1000)
+    both = torch.cat([data.images, data.held_out_images]).flatten(1)
+    assert len(both.unique(dim=0)) == 5000
+    assert data.images.min() == -1 and data.images.max() == 1
+
+
+def test_a_letter_fills_the_same_square_in_every_face():
+    for size in (60, 96):
+        image = draw_letter(ImageFont.load_default(size), "W")
+        left, top, right, bottom = image.getbbox()
+        assert image.size == (32, 32) and abs(right - left - 26) <= 1 and bottom - top < 26
+    assert draw_letter(ImageFont.load_default(96), " ") is None
+
+
+@pytest.mark.parametrize(
+    "setting, stage, evaluations",
+    [
+        (unguided(12, 12), 1, 12),
+        (unguided(12, 12), 2, 24),
+        (unguided(6, 18), 2, 24),
+        (unguided(12, 12, real_prior=True), 2, 12),
+        (Setting((12, 12), (1.5, 1.0)), 2, 30),
+        (Setting((12, 12), (1.5, 1.5)), 2, 36),
+        (Setting((12, 12), (1.5, 1.5), prior_guidance=1.5), 2, 42),
+    ],
+)
+def test_evaluations_count_what_the_transformer_computes(data, trained, setting, stage, evaluations):
+    assert setting.evaluations(stage) == evaluations
+    pipe = DoDPipeline.from_pretrained(trained / "step-3")
+    rows = []
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    shorter = replace(setting, steps=setting.steps[:stage], guidance=setting.guidance[:stage])
+    sample(pipe, shorter, torch.arange(10), data, seed=0)
+    assert sum(rows) == 10 * evaluations
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_what_it_should(data, name):
+    variant = VARIANTS[name]
+    torch.manual_seed(0)
+    transformer, embedder = build_models(data, variant, SIZE)
+    torch.nn.init.normal_(embedder.proj_out.weight)
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    training_step(transformer, embedder, data, variant, SIZE.batch_size).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in transformer.parameters())
+    has_gradient = {parameter.grad is not None for parameter in embedder.parameters()}
+    assert has_gradient == {variant.has_prior}
+    codes = embedder(data.images[:2]).codes
+    assert codes.shape == (2, variant.bottleneck[0] ** 2, variant.bottleneck[1])
+
+
+def test_only_ablations_differ_from_the_model(data):
+    assert DOD not in ABLATIONS.values() and len(set(map(repr, VARIANTS.values()))) == len(VARIANTS)
+
+
+def test_one_step_samples_take_the_noise_out_that_the_model_predicts(data):
+    transformer, _ = build_models(data, CLASS_ONLY, SIZE)
+    torch.manual_seed(1)
+    # A fresh model predicts no velocity, so its sample is the noisy image itself.
+    samples = one_step_samples(transformer, data.images[:64], data.labels[:64])
+    torch.manual_seed(1)
+    sigmas = (0.6 + 0.4 * torch.rand(64)).view(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * data.images[:64] + sigmas * torch.randn_like(data.images[:64])
+    torch.testing.assert_close(samples, noisy.clamp(-1, 1))
+
+
+def test_a_run_saves_averaged_weights_at_its_marks(data, trained, tmp_path):
+    early, late = (DoDPipeline.from_pretrained(trained / f"step-{step}") for step in (3, 6))
+    assert early.config.id2label["7"] == "7"
+    assert not torch.equal(early.transformer.patch_embed.weight, late.transformer.patch_embed.weight)
+    # Saving on the way changes nothing of what comes after.
+    train(data, DOD, SIZE, [6], seed=0, folder=tmp_path)
+    again = DoDPipeline.from_pretrained(tmp_path / "step-6")
+    for one, other in zip(late.transformer.parameters(), again.transformer.parameters()):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_referee_tells_real_from_noise_and_can_be_stored(data, referee):
+    images, labels = data.held_out_images[::2], data.held_out_labels[::2]
+    held_out = referee.measure(images, labels)
+    noise = referee.measure(torch.rand_like(images) * 2 - 1, labels)
+    assert held_out["fd"] < noise["fd"] / 5 and held_out["fd_pca"] < noise["fd_pca"] / 5
+    assert held_out["accuracy"] > 0.8 > 0.4 > noise["accuracy"]
+    assert min(held_out["precision"], held_out["recall"], held_out["coverage"]) > 0.8 > 0.4 > noise["coverage"]
+    loaded = Referee.load(referee.state(), data)
+    assert loaded.accuracy == referee.accuracy
+    assert loaded.measure(data.images[:100], data.labels[:100]) == referee.measure(
+        data.images[:100], data.labels[:100]
+    )
+
+
+def test_explanations_of_known_stages(data, trained):
+    pipe = DoDPipeline.from_pretrained(trained / "step-6")
+    copied = explain(pipe, [data.images, data.images], data)
+    assert copied["code_fd"] < 0.02 and copied["stage_2_to_1"] == 0 and copied["nearest_training"] < 1e-3
+    assert copied["nearest_training_held_out"] > 0.1
+    moved = explain(pipe, [-data.images, data.images], data)
+    assert moved["code_fd"] > 10 * copied["code_fd"] and moved["stage_2_to_1"] > 1
+
+
+def test_figures_of_a_model(data, referee, trained):
+    pipe = DoDPipeline.from_pretrained(trained / "step-6")
+    pipe.set_progress_bar_config(disable=True)
+    rows = measure(pipe, [unguided(2, 2), unguided(2, 2, real_prior=True)], 20, data, referee, seed=0)
+    assert [(row["stage"], row["evaluations"]) for row in rows] == [(1, 2), (2, 4), (2, 2)]
+    assert "code_fd" in rows[1] and "code_fd" not in rows[0]
+
+
+def test_the_class_only_rival_is_measured_as_often():
+    steps = [1000, 2000, 4000, 4400]
+    guided = [setting for setting in settings("class_only", 4000, steps) if max(setting.guidance) > 1]
+    dod = [setting for setting in settings("dod", 4000, steps[:3]) if max(setting.guidance) > 1]
+    assert len(guided) >= len(dod)
+    assert max(setting.evaluations(1) for setting in guided) == max(setting.evaluations(2) for setting in dod)
+
+
+@pytest.mark.parametrize("file", sorted((report.DOCS / "evidence").glob("*.json")), ids=lambda file: file.stem)
+def test_the_report_says_what_was_measured(file):
+    stored = json.loads(file.read_text())
+    results = report.Results(stored["facts"], stored["runs"])
+    text = (report.DOCS / "evidence.md").read_text()
+    for title, make in report.tables_of(results).items():
+        assert f"<!-- {file.stem}:{title} -->\n{make(results)}\n<!-- end -->" in text
+
+
+def test_data_sets_are_named_with_their_classes(data):
+    assert isinstance(data, DataSet) and data.class_names == [str(digit) for digit in range(10)]
