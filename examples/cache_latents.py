@@ -33,6 +33,7 @@ from diffusers_dod.autoencoding import encode_posterior, vae_spatial_factor
 from diffusers_dod.fingerprints import json_sha256, weights_sha256
 from diffusers_dod.image_data import collate_images, inspect_images, load_labelled_images
 from diffusers_dod.latent_cache_writing import DTYPES, LatentCacheWriter, cache_settings
+from diffusers_dod.process_group import drain_process_group
 from diffusers_dod.repa import REPAEncoder
 
 
@@ -221,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         writer.finish(list(found.values()))
         print(f"{args.output_dir} holds the latents of {len(rows)} images in {len(found)} shards.")
+    drain_process_group()
     accelerator.end_training()
 
 

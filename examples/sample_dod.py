@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline
+from diffusers_dod.process_group import drain_process_group
 from diffusers_dod.randomness import row_generators
 
 
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in args.stages:
             paths = [image_path(args, stage, index) for index in range(args.num_images)]
             write_npz(Path(args.output_dir, f"stage-{stage}.npz"), paths, classes)
-    state.wait_for_everyone()
+    drain_process_group()
     state.end_training()
     return 0
 

@@ -76,6 +76,7 @@ from diffusers_dod.checkpoints import (
 from diffusers_dod.cpu_fsdp import enable_fsdp_on_cpu
 from diffusers_dod.flops import PEAK_TFLOPS, training_flops
 from diffusers_dod.hub import BackgroundPush, find_stage_grid
+from diffusers_dod.process_group import drain_process_group
 from diffusers_dod.randomness import row_generators, step_generator
 from diffusers_dod.repa import REPAProjector, repa_loss
 from diffusers_dod.step_guard import StepGuard
@@ -484,12 +485,14 @@ def main(argv: list[str] | None = None) -> int:
             save(step)
         if stopped is not None:
             accelerator.print(f"Stopped by {stopped.name} after step {step}; the same command goes on from there.")
+            drain_process_group()
             accelerator.end_training()
             return 128 + stopped
     lora_dir = Path(args.output_dir, "lora")
     result = averaged_pipeline(accelerator, pipeline, averages, lora_dir)
     if result is not None:
         save_result(result, args.output_dir, config)
+    drain_process_group()
     accelerator.end_training()
     if push is not None:  # the other processes need not wait for it
         address = push.finish(args.output_dir)

@@ -11,6 +11,7 @@ import transformers
 from helpers import tiny_embedder, tiny_transformer
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusers_dod.process_group import drain_process_group
 from diffusers_dod.repa import REPAEncoder, REPAProjector, repa_loss
 from diffusers_dod.training import dod_loss, flow_example
 
@@ -252,12 +253,11 @@ def step_in_a_process(rank, folder):
         module(latents[own], labels[own], type(batch)(*(part[own] for part in batch)), features[own])[0].backward()
     if rank == 0:
         torch.save(gradients(module.module), f"{folder}/gradients.pt")
-    dist.barrier()  # or the one that ends first may break the other's connection
+    drain_process_group()
     dist.destroy_process_group()
 
 
 def test_two_processes_average_their_gradients(tmp_path):
-    # Started afresh: forked from a server that has imported everything, the two once waited for each other for ever.
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=step_in_a_process, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
