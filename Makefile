@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
+# Files of tests at a time, of one thread each: PyTorch's threads of several processes wait for each other.
+JOBS ?= 2
 
 .PHONY: quickstart test lint bench evidence release-check diffusers-tests
 
@@ -7,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
 
 test: $(VENV)/installed lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -20,6 +20,8 @@ extras = {
     "test": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        # Two files of tests at a time: pytest's own project has it.
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "mypy>=1.15",
         "build>=1.2",

@@ -12,6 +12,7 @@ whole and run in bfloat16. `--rows` takes some groups only:
     memory          peak memory and time of a training step with gradient checkpointing against without
     compile         compiled blocks against eager ones, fused q/k/v projections against separate ones
     bfloat16        bfloat16 autocast against float32
+    loop            a step of `examples/train_dod.py` against its models' own work, models so small that the rest shows
     cached_loading  the wait for cached latents against the training step
     import          `import diffusers_dod` after the classes of diffusers that it needs, against importing those
     loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
@@ -32,6 +33,7 @@ import interleaved
 import torch
 from gpu_rows import mfu_rows, throughput_rows
 from interleaved import Ratio
+from loop_rows import loop_rows
 from model_rows import bfloat16_rows, compile_rows, depth_rows, scaling_rows, training_rows
 from pipeline_rows import import_rows, loading_rows, sampling_rows
 from process_rows import cached_loading_rows, ddp_rows, memory_rows
@@ -46,6 +48,7 @@ GROUPS = {
     "memory": memory_rows,
     "compile": compile_rows,
     "bfloat16": bfloat16_rows,
+    "loop": loop_rows,
     "cached_loading": cached_loading_rows,
     "import": import_rows,
     "loading": loading_rows,

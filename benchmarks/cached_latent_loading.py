@@ -22,7 +22,8 @@ from diffusers_dod.presets import PRESETS
 from diffusers_dod.training import count_prior_rows, dod_loss, drop_labels, flow_example
 
 
-def write_random_cache(folder: str, count: int, shard_size: int) -> None:
+def write_random_cache(folder: str, count: int, shard_size: int) -> AutoencoderKL:
+    """Returns the VAE that the latents are said to be of."""
     levels = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 4}
     vae = AutoencoderKL(**levels, up_block_types=["UpDecoderBlock2D"] * 4)
     names, labels = [f"{row}.png" for row in range(count)], [row % 1000 for row in range(count)]
@@ -36,6 +37,7 @@ def write_random_cache(folder: str, count: int, shard_size: int) -> None:
         tensors["label"] = torch.tensor([labels[row] for row in rows])
         entries.append(writer.write(number, tensors, [names[row] for row in rows]))
     writer.finish(entries)
+    return vae
 
 
 def measure_loading(

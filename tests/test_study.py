@@ -15,9 +15,10 @@ from diffusers_dod import DoDPipeline
 sys.path.insert(0, str(EXAMPLES / "study"))
 
 import report  # noqa: E402
+from autoguidance import guided_by  # noqa: E402
 from data_sets import DataSet, digits, draw_letter  # noqa: E402
 from experiments import ABLATIONS, CLASS_ONLY, DOD, VARIANTS, settings  # noqa: E402
-from measure_model import Setting, explain, measure, sample, unguided  # noqa: E402
+from measure_model import Setting, explain, measure, sample, sample_labels, unguided  # noqa: E402
 from referee import Referee  # noqa: E402
 from train_model import Size, build_models, one_step_samples, train, training_step  # noqa: E402
 
@@ -73,6 +74,9 @@ def test_a_letter_fills_the_same_square_in_every_face():
         (Setting((12, 12), (1.5, 1.0)), 2, 30),
         (Setting((12, 12), (1.5, 1.5)), 2, 36),
         (Setting((12, 12), (1.5, 1.5), prior_guidance=1.5), 2, 42),
+        (Setting((12, 12), (1.0, 1.0), prior_guidance=1.5), 2, 36),
+        (Setting((12, 12), (1.5, 1.5), intervals=((0.0, 1.0), (0.0, 0.25))), 2, 39),
+        (Setting((12, 12), (1.5, 1.5), drop="both"), 2, 36),
     ],
 )
 def test_evaluations_count_what_the_transformer_computes(data, trained, setting, stage, evaluations):
@@ -140,6 +144,43 @@ def test_the_referee_tells_real_from_noise_and_can_be_stored(data, referee):
     )
 
 
+def test_classes_are_sampled_as_often_as_they_occur(data):
+    assert sample_labels(data, 30).tolist() == [*range(10)] * 3
+    uneven = data._replace(labels=torch.tensor([0] * 60 + [1] * 29 + [2] * 11))
+    labels = sample_labels(uneven, 10)
+    assert torch.bincount(labels).tolist() == [6, 3, 1]
+    assert torch.bincount(labels[:5]).tolist() == [3, 1, 1]  # mixed
+
+
+def test_autoguidance_goes_away_from_the_weaker_model(data, trained):
+    pipe, twin, weak = (DoDPipeline.from_pretrained(trained / f"step-{step}") for step in (6, 6, 3))
+    for model in (pipe, twin, weak):  # whose last layers are still near their start, zero
+        model.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.latent_embedder.proj_out.weight)
+        torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    everywhere = ((0.0, 1.0),) * 2
+    labels = torch.arange(10)
+    plain = sample(pipe, unguided(2, 2), labels, data, seed=0)
+
+    def guided(by, *scales):
+        with guided_by(pipe, by):
+            return sample(pipe, Setting((2, 2), scales, intervals=everywhere), labels, data, seed=0)
+
+    # Away from itself is nowhere; away from another is as far as the scale says.
+    for stage, same in zip(plain, guided(twin, 3.0, 3.0)):
+        torch.testing.assert_close(same, stage, atol=1e-4, rtol=0)
+    near, far = (guided(weak, 1.0, scale)[1] - plain[1] for scale in (1.01, 1.02))
+    assert near.abs().max() > 1e-5
+    torch.testing.assert_close(far, 2 * near, atol=0.1 * near.abs().max().item(), rtol=0)
+    # It reads the prior through its own embedder.
+    weak.register_modules(transformer=twin.transformer)
+    assert (guided(weak, 1.0, 1.5)[1] - plain[1]).abs().max() > 1e-5
+    # Outside, the null class guides again.
+    null = sample(pipe, Setting((2, 2), (3.0, 3.0), intervals=everywhere), labels, data, seed=0)
+    assert (null[0] - plain[0]).abs().max() > 1e-3
+
+
 def test_explanations_of_known_stages(data, trained):
     pipe = DoDPipeline.from_pretrained(trained / "step-6")
     copied = explain(pipe, [data.images, data.images], data)
@@ -152,7 +193,7 @@ def test_explanations_of_known_stages(data, trained):
 def test_figures_of_a_model(data, referee, trained):
     pipe = DoDPipeline.from_pretrained(trained / "step-6")
     pipe.set_progress_bar_config(disable=True)
-    rows = measure(pipe, [unguided(2, 2), unguided(2, 2, real_prior=True)], 20, data, referee, seed=0)
+    rows = measure(pipe, pipe, [unguided(2, 2), unguided(2, 2, real_prior=True)], 20, data, referee, seed=0)
     assert [(row["stage"], row["evaluations"]) for row in rows] == [(1, 2), (2, 4), (2, 2)]
     assert "code_fd" in rows[1] and "code_fd" not in rows[0]
 

@@ -41,11 +41,35 @@ CLASS_ONLY_GUIDED = [Setting((2 * STAGE,), (scale,)) for scale in (1.5, 2.0, 2.5
 DOD_GUIDED = [
     Setting((STAGE, STAGE), scales) for scales in ((1.5, 1.0), (1.5, 1.5), (2.0, 2.0), (2.5, 2.5), (3.0, 2.0))
 ]
+# What else guidance can be, each at the scale that was best, or next to it.
+MORE_GUIDANCE = {
+    "class_only": [
+        Setting((2 * STAGE,), (2.0,), intervals=((0.0, 1.0),)),
+        Setting((2 * STAGE,), (2.0,), intervals=((0.0, 0.5),)),
+        Setting((2 * STAGE,), (2.0,), intervals=((0.5, 1.0),)),
+        Setting((2 * STAGE,), (1.5,), intervals=((0.0, 1.0),), autoguidance=True),
+        Setting((2 * STAGE,), (2.0,), intervals=((0.0, 1.0),), autoguidance=True),
+    ],
+    "dod": [
+        Setting((STAGE, STAGE), (2.0, 1.0)),
+        Setting((STAGE, STAGE), (1.0, 2.0)),
+        Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.0, 1.0),) * 2),
+        Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.0, 0.5),) * 2),
+        Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.5, 1.0),) * 2),
+        Setting((STAGE, STAGE), (1.0, 1.0), prior_guidance=1.5),
+        Setting((STAGE, STAGE), (2.0, 2.0), prior_guidance=1.5),
+        Setting((STAGE, STAGE), (2.0, 2.0), drop="both"),
+        Setting((STAGE, STAGE), (1.5, 1.5), intervals=((0.0, 1.0),) * 2, autoguidance=True),
+        Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.0, 1.0),) * 2, autoguidance=True),
+    ],
+}
 SPLITS = [unguided(6, 18), unguided(18, 6)]
 
 
-def settings(name: str, step: int, steps: list[int]) -> list[Setting]:
+def settings(name: str, step: int, steps: list[int], more_guidance: bool = False) -> list[Setting]:
     """How the run of a variant is sampled after `step`: most fully where it is compared, briefly on the way there."""
+    if more_guidance and name in MORE_GUIDANCE and step == steps[-1]:
+        return settings(name, step, steps) + MORE_GUIDANCE[name]
     if name == "class_only":
         full = [LONG, *CLASS_ONLY_GUIDED]
         # The last two are equal steps and equal time.

@@ -1,8 +1,10 @@
 """What a trained pipeline of the study makes, and how far that is from real images."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from autoguidance import guided_by
 from data_sets import DataSet
 from referee import Referee
 
@@ -10,8 +12,8 @@ from diffusers_dod import DoDPipeline
 from diffusers_dod.evaluation import feature_statistics, frechet_distance
 
 
-# Guidance acts in the middle half of the steps, which is DoDPipeline's default.
-GUIDED_SHARE = 0.5
+# Guidance acts in the middle half of the steps unless said, which is DoDPipeline's default.
+MIDDLE = (0.25, 0.75)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Setting:
         steps (`tuple` of `int`): denoising steps.
         guidance (`tuple` of `float`): class guidance, 1 for none.
         prior_guidance (`float`, *optional*): guidance by the prior in the later stages, at the cost of a third row.
+        intervals (`tuple` of pairs, *optional*): the guided part of each stage's steps.
+        drop (`str`): what the guiding row goes without, `"class"` or `"both"` class and prior.
+        autoguidance (`bool`): the guiding row is the prediction of the run's first checkpoint.
         prior_noise (`float`): noise that the embedder's input gets, `(1 - s) x + s noise`.
         real_prior (`bool`): real training images take stage 1's place.
     """
@@ -29,6 +34,9 @@ class Setting:
     steps: tuple[int, ...]
     guidance: tuple[float, ...]
     prior_guidance: float | None = None
+    intervals: tuple[tuple[float, float], ...] | None = None
+    drop: str = "class"
+    autoguidance: bool = False
     prior_noise: float = 0.0
     real_prior: bool = False
 
@@ -42,7 +50,8 @@ class Setting:
                 rows = 3
             elif guidance != 1:
                 rows = 2
-            total += steps * (1 + (rows - 1) * GUIDED_SHARE)
+            start, stop = self.intervals[number - 1] if self.intervals else MIDDLE
+            total += steps * (1 + (rows - 1) * (stop - start))
         return total
 
     def __str__(self) -> str:
@@ -50,6 +59,12 @@ class Setting:
         text = f"{'/'.join(map(str, self.steps))} steps, guidance {guidance}"
         if self.prior_guidance is not None:
             text += f", prior guidance {self.prior_guidance:g}"
+        if self.intervals:
+            text += ", interval " + "/".join(f"{start:g}-{stop:g}" for start, stop in self.intervals)
+        if self.drop != "class":
+            text += ", against neither class nor prior"
+        if self.autoguidance:
+            text += ", autoguidance"
         if self.prior_noise:
             text += f", prior noise {self.prior_noise:g}"
         return text + (", real prior" if self.real_prior else "")
@@ -57,6 +72,15 @@ class Setting:
 
 def unguided(*steps: int, **options) -> Setting:
     return Setting(steps, (1.0,) * len(steps), **options)
+
+
+def sample_labels(data: DataSet, number: int) -> torch.Tensor:
+    """Classes as often as the training images have them, mixed evenly: `(number,)`."""
+    shares = torch.bincount(data.labels.cpu()) * number / len(data.labels)
+    counts = shares.long()
+    counts[(shares - counts).argsort(descending=True)[: number - int(counts.sum())]] += 1
+    places = torch.cat([torch.arange(count) / count for count in counts])
+    return torch.arange(len(counts)).repeat_interleave(counts)[places.argsort(stable=True)].to(data.labels.device)
 
 
 def sample(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> list[torch.Tensor]:
@@ -69,7 +93,7 @@ def sample(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: Data
         first = None
         if setting.real_prior:
             # The n-th sample of a class has the n-th training image of it as its prior.
-            numbers = torch.arange(start, start + len(batch)) // len(data.class_names)
+            numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(batch, start=start)]
             first = torch.stack([data.images[data.labels == label][n] for label, n in zip(batch, numbers)])
         elif setting.prior_noise:
             first = pipe(batch, 1, setting.steps[0], setting.guidance[0], **options).images
@@ -82,6 +106,8 @@ def sample(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: Data
             num_inference_steps=list(setting.steps),
             guidance_scale=list(setting.guidance),
             prior_guidance_scale=setting.prior_guidance,
+            guidance_interval=list(setting.intervals) if setting.intervals else MIDDLE,
+            guidance_drop=setting.drop,
             **options,
         ).stages
         batches.append(stages if setting.real_prior or first is None else [first, *stages])
@@ -120,13 +146,20 @@ def explain(pipe: DoDPipeline, stages: list[torch.Tensor], data: DataSet) -> dic
 
 
 def measure(
-    pipe: DoDPipeline, settings: list[Setting], num_samples: int, data: DataSet, referee: Referee, seed: int
+    pipe: DoDPipeline,
+    weak: DoDPipeline,
+    settings: list[Setting],
+    num_samples: int,
+    data: DataSet,
+    referee: Referee,
+    seed: int,
 ) -> list[dict]:
-    """A row of figures for every stage of every setting."""
-    labels = torch.arange(num_samples, device=data.images.device) % len(data.class_names)
+    """A row of figures for every stage of every setting; `weak` is what autoguidance is by."""
+    labels = sample_labels(data, num_samples)
     rows = []
     for setting in settings:
-        stages = sample(pipe, setting, labels, data, seed)
+        with guided_by(pipe, weak) if setting.autoguidance else nullcontext():
+            stages = sample(pipe, setting, labels, data, seed)
         first_stage = 2 if setting.real_prior else 1
         for stage, images in enumerate(stages, start=first_stage):
             evaluations = setting.evaluations(stage)

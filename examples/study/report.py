@@ -22,6 +22,7 @@ from experiments import (
     CLASS_ONLY_GUIDED,
     DOD_GUIDED,
     LONG,
+    MORE_GUIDANCE,
     PAIR,
     REAL_PRIOR,
     SPLITS,
@@ -175,6 +176,22 @@ def ablation_table(results: Results) -> str:
     return table(head, lines)
 
 
+def guidance_table(results: Results) -> str:
+    """Kinds of guidance beside the plain one of the same scale."""
+    names = ["fd", "fd_pca", "accuracy", "recall", "coverage"]
+    plain = {"dod": DOD_GUIDED, "class_only": CLASS_ONLY_GUIDED}
+    lines = []
+    for variant, title in (("dod", "DoD"), ("class_only", "class-only, equal time")):
+        for setting in [best(results, variant, results.steps, plain[variant])[2], *MORE_GUIDANCE[variant]]:
+            stage = len(setting.steps)
+            # The rival's last checkpoint is that of equal time.
+            step = results.equal_time if variant == "class_only" else results.steps
+            found = results.seeds(variant, step, setting, stage)
+            if found:
+                lines.append([f"{title}, {setting}", f"{setting.evaluations(stage):g}", *figures(found, names)])
+    return table(["", "evaluations", *(FIGURES[name][0] for name in names)], lines)
+
+
 def plot_curves(results: Results, path: Path) -> None:
     """Unguided distance against training steps, and against training time."""
     step_ratio = results.facts["step_time_ratio"]
@@ -227,6 +244,9 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
     tables = {"main": main_table, "ratios": ratio_table, "why": explanation_table}
     if any(run["variant"] in ABLATIONS for run in results.runs):
         tables["ablations"] = ablation_table
+    more = {str(setting) for settings in MORE_GUIDANCE.values() for setting in settings}
+    if any(row["setting"] in more for run in results.runs for row in run["rows"]):
+        tables["guidance"] = guidance_table
     return tables
 
 

@@ -88,15 +88,31 @@ def on_device(data: DataSet, device: str) -> DataSet:
     return DataSet(*(value.to(device) if torch.is_tensor(value) else value for value in data))
 
 
-def missing_settings(name: str, record: dict) -> dict[int, list[Setting]]:
+def missing_settings(name: str, record: dict, more_guidance: bool) -> dict[int, list[Setting]]:
     """By step, what a run has not been sampled with yet; another setting needs no other training."""
     measured = {(row["step"], row["setting"]) for row in record["rows"]}
-    wanted = {step: settings(name, step, record["steps"]) for step in record["steps"]}
+    wanted = {step: settings(name, step, record["steps"], more_guidance) for step in record["steps"]}
     missing = {step: [s for s in of if (step, str(s)) not in measured] for step, of in wanted.items()}
     return {step: of for step, of in missing.items() if of}
 
 
-def run(folder: Path, name: str, seed: int, steps: list[int], size: Size, num_samples: int, device: str) -> None:
+def load_pipeline(folder: Path, device: str) -> DoDPipeline:
+    pipe = DoDPipeline.from_pretrained(folder).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.compile_repeated_blocks(dynamic=False)
+    return pipe
+
+
+def run(
+    folder: Path,
+    name: str,
+    seed: int,
+    steps: list[int],
+    size: Size,
+    num_samples: int,
+    device: str,
+    more_guidance: bool,
+) -> None:
     """Trains one model, measures it at every mark and writes `runs/name-seed.json`."""
     torch.set_num_threads(1)
     variant = VARIANTS[name]
@@ -112,11 +128,9 @@ def run(folder: Path, name: str, seed: int, steps: list[int], size: Size, num_sa
         train(data, variant, size, steps, seed, models)
         seconds = round(time.monotonic() - start)
         record = {"variant": name, "seed": seed, "steps": steps, "training_seconds": seconds, "rows": []}
-    for step, missing in missing_settings(name, record).items():
-        pipe = DoDPipeline.from_pretrained(models / f"step-{step}").to(device)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.transformer.compile_repeated_blocks(dynamic=False)
-        for row in measure(pipe, missing, num_samples, data, referee, seed):
+    for step, missing in missing_settings(name, record, more_guidance).items():
+        pipe, weak = (load_pipeline(models / f"step-{number}", device) for number in (step, record["steps"][0]))
+        for row in measure(pipe, weak, missing, num_samples, data, referee, seed):
             record["rows"].append({"step": step, **row})
         write_json(result, record)
 
@@ -128,6 +142,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN))
+    parser.add_argument("--more_guidance", action="store_true", help="other kinds of guidance too, of the main models")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--width", type=int, default=Size.width, help="of the backbone, in heads of 32")
@@ -147,12 +162,13 @@ def main():
         for seed in args.seeds:
             for variant in args.variants:
                 result = folder / "runs" / f"{variant}-{seed}.json"
-                if result.exists() and not missing_settings(variant, json.loads(result.read_text())):
+                record = json.loads(result.read_text()) if result.exists() else None
+                if record is not None and not missing_settings(variant, record, args.more_guidance):
                     continue
                 steps = [round(args.steps * mark) for mark in MARKS]
                 if variant == "class_only":
                     steps.append(round(args.steps * max(ratio, 1.05)))
-                jobs.append((folder, variant, seed, steps, size, args.num_samples, args.device))
+                jobs.append((folder, variant, seed, steps, size, args.num_samples, args.device, args.more_guidance))
 
     # The blocks compile in every process; spawned ones share nothing but the compiler's cache.
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
