@@ -16,6 +16,12 @@ DOD = Variant(code_noise=0.3)
 
 # What every data set is run with.
 MAIN = {"class_only": CLASS_ONLY, "dod": DOD}
+# Class-only models of other settings, so that the rival is tuned as well.
+RIVALS = {
+    "class-only, learning rate 1e-3": replace(CLASS_ONLY, learning_rate=1e-3),
+    "class-only, learning rate 4e-3": replace(CLASS_ONLY, learning_rate=4e-3),
+    "class-only, one block more": replace(CLASS_ONLY, extra_layers=1),
+}
 # What is varied, one thing at a time.
 ABLATIONS = {
     "bottleneck grid 4x4, 1 channel": replace(DOD, bottleneck=(4, 1)),
@@ -29,8 +35,10 @@ ABLATIONS = {
     "code noise 0.6": replace(DOD, code_noise=0.6),
     "input noise 0.5": replace(DOD, input_noise=0.5),
     "own samples as priors": replace(DOD, own_prior=0.5),
+    "learning rate 1e-3": replace(DOD, learning_rate=1e-3),
+    "learning rate 4e-3": replace(DOD, learning_rate=4e-3),
 }
-VARIANTS = MAIN | ABLATIONS
+VARIANTS = MAIN | RIVALS | ABLATIONS
 
 STAGE = 12
 PAIR = unguided(STAGE, STAGE)
@@ -74,9 +82,13 @@ def settings(name: str, step: int, steps: list[int], more_guidance: bool = False
         full = [LONG, *CLASS_ONLY_GUIDED]
         # The last two are equal steps and equal time.
         return {steps[-2]: [unguided(STAGE), *full], steps[-1]: full}.get(step, [LONG])
-    if step != steps[-1]:
+    if name == "dod" and step != steps[-1]:
         return [PAIR]
     if name == "dod":
         return [ALL_STAGES, REAL_PRIOR, *SPLITS, *DOD_GUIDED]
+    if step != steps[-1]:
+        return []
+    if not VARIANTS[name].has_prior:
+        return [LONG]
     noisy = [unguided(STAGE, STAGE, prior_noise=0.25)] if VARIANTS[name].input_noise else []
     return [PAIR, REAL_PRIOR, *noisy]

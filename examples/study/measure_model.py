@@ -86,15 +86,18 @@ def sample_labels(data: DataSet, number: int) -> torch.Tensor:
 def sample(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> list[torch.Tensor]:
     """The images of every stage that ran, `(labels, channels, size, size)` in [-1, 1] each."""
     generator = torch.Generator().manual_seed(seed)
+    # Neighbours of a data set's images have much in common, such as their typeface.
+    shuffled = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
     batches = []
     for start in range(0, len(labels), 250):
         batch = labels[start : start + 250]
         options = {"generator": generator, "output_type": "latent", "return_stages": True}
         first = None
         if setting.real_prior:
-            # The n-th sample of a class has the n-th training image of it as its prior.
+            # The n-th sample of a class has the n-th training image of it, in this order, as its prior.
             numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(batch, start=start)]
-            first = torch.stack([data.images[data.labels == label][n] for label, n in zip(batch, numbers)])
+            of_class = {int(label): shuffled[data.labels[shuffled] == label] for label in batch.unique()}
+            first = data.images[torch.stack([of_class[int(label)][n] for label, n in zip(batch, numbers)])]
         elif setting.prior_noise:
             first = pipe(batch, 1, setting.steps[0], setting.guidance[0], **options).images
         if first is not None:

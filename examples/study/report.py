@@ -25,6 +25,7 @@ from experiments import (
     MORE_GUIDANCE,
     PAIR,
     REAL_PRIOR,
+    RIVALS,
     SPLITS,
     STAGE,
 )
@@ -176,6 +177,20 @@ def ablation_table(results: Results) -> str:
     return table(head, lines)
 
 
+def rival_table(results: Results) -> str:
+    """The class-only model of other settings beside that of the main table, same seeds and steps."""
+    names = ["fd", "fd_pca", "accuracy"]
+    seeds = {run["seed"] for run in results.runs if run["variant"] in RIVALS}
+    lines = []
+    for name in ("class_only", *RIVALS):
+        rows = results.seeds(name, results.steps, LONG, 1)
+        if rows:
+            title = "class-only, as in the main table" if name == "class_only" else name
+            rows = {seed: row for seed, row in rows.items() if seed in seeds}
+            lines.append([title, str(len(rows)), *figures(rows, names)])
+    return table(["", "seeds", *(FIGURES[name][0] for name in names)], lines)
+
+
 def guidance_table(results: Results) -> str:
     """Kinds of guidance beside the plain one of the same scale."""
     names = ["fd", "fd_pca", "accuracy", "recall", "coverage"]
@@ -244,6 +259,8 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
     tables = {"main": main_table, "ratios": ratio_table, "why": explanation_table}
     if any(run["variant"] in ABLATIONS for run in results.runs):
         tables["ablations"] = ablation_table
+    if any(run["variant"] in RIVALS for run in results.runs):
+        tables["rivals"] = rival_table
     more = {str(setting) for settings in MORE_GUIDANCE.values() for setting in settings}
     if any(row["setting"] in more for run in results.runs for row in run["rows"]):
         tables["guidance"] = guidance_table

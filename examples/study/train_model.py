@@ -40,6 +40,7 @@ class Variant:
         own_prior (`float`):
             share of the rows with a prior whose embedder reads the model's own one-step sample from much noise.
         learning_rate (`float`): constant after 50 steps of warm-up.
+        extra_layers (`int`): blocks that the transformer has more than its size says.
     """
 
     prior_drop: float = 0.5
@@ -49,6 +50,7 @@ class Variant:
     input_noise: float = 0.0
     own_prior: float = 0.0
     learning_rate: float = 2e-3
+    extra_layers: int = 0
 
     @property
     def has_prior(self) -> bool:
@@ -62,7 +64,7 @@ def build_models(data: DataSet, variant: Variant, size: Size) -> tuple[DoDTransf
         sample_size=image_size,
         patch_size=patch_size,
         in_channels=channels,
-        num_layers=size.layers,
+        num_layers=size.layers + variant.extra_layers,
         num_attention_heads=size.heads,
         attention_head_dim=size.width // size.heads,
         num_classes=len(data.class_names),
