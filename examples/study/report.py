@@ -9,6 +9,7 @@ Writes `docs/evidence/<data>.json` (every figure of every run) and `<data>-*.png
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -134,7 +135,29 @@ def ratio_table(results: Results) -> str:
         ("guided, each at its best: equal time", guided, best(results, "class_only", equal_time, CLASS_ONLY_GUIDED)),
     ]
     rows = [[text, *(ratio(results, one, other, name) for name in ("fd", "fd_pca"))] for text, one, other in rivals]
+    needed = "unguided: share of the class-only model's steps after which stage 2 is as near as it is at their end"
+    rows.append([needed, *(steps_needed(results, name) for name in ("fd", "fd_pca"))])
     return table(["ratio of distances: mean (each seed, 0 first)", FIGURES["fd"][0], FIGURES["fd_pca"][0]], rows)
+
+
+def steps_needed(results: Results, name: str) -> str:
+    """Share of the class-only model's steps after which DoD's stage 2 is as near, each seed; between marks by a power law."""
+    shares = []
+    for seed, rival in sorted(results.seeds("class_only", results.steps, LONG, 1).items()):
+        curve = []
+        for (variant, step, setting, stage), rows in sorted(results.values.items()):
+            if (variant, stage) == ("dod", 2) and setting in (str(PAIR), str(ALL_STAGES)) and seed in rows:
+                curve.append((step, rows[seed][name]))
+        reached = [number for number, (_, value) in enumerate(curve) if value <= rival[name]]
+        if not reached:
+            shares.append("not reached")
+        elif reached[0] == 0:
+            shares.append(f"below {curve[0][0] / results.steps:.2f}")
+        else:
+            (early, far), (late, near) = curve[reached[0] - 1 : reached[0] + 1]
+            part = math.log(far / rival[name]) / math.log(far / near)
+            shares.append(f"{early / results.steps * (late / early) ** part:.2f}")
+    return ", ".join(shares)
 
 
 def explanation_table(results: Results) -> str:
