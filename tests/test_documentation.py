@@ -45,9 +45,12 @@ REPLACED = [
     ),
     ("examples/study/study.py", "examples/study/study.py --help", "hours; test_study.py runs its parts"),
     ("examples/study/report.py", "examples/study/report.py --help", "reads what the study wrote"),
+    ("examples/study/draw_samples.py", "examples/study/draw_samples.py --help", "the same"),
     ("examples/study/keep_model.py", "examples/study/keep_model.py --help", "the same"),
     ("make release-check", "make --dry-run release-check", "minutes of installing; .ci/run runs it"),
     ("make diffusers-tests", "make --dry-run diffusers-tests", "needs a checkout of diffusers"),
+    ("apt-get install", "true", "needs the network"),
+    ("npm install", "true", "the same"),
     ("pip install", "true", "needs the network; release_check.sh installs for real"),
     ("wget -O", "cp tiny.safetensors", "needs the network, and gigabytes"),
     (

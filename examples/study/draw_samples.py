@@ -42,7 +42,7 @@ def main():
         rows += sample(pipe, Setting(steps, (args.guidance,) * len(steps)), labels, data, seed=0)
     to_pictures = VaeImageProcessor().postprocess
     target = DOCS / "evidence" / f"{args.data}-samples.png"
-    stage_grid([to_pictures(row, output_type="pil") for row in rows], scale=1).save(target)
+    stage_grid([to_pictures(row, output_type="pil") for row in rows], scale=2).save(target)
     print(target)
 
 

@@ -123,21 +123,36 @@ def best(results: Results, variant: str, step: int, settings: list[Setting]) -> 
     return min(keys, key=lambda key: statistics.mean(row["fd"] for row in results.seeds(*key).values()))
 
 
-def ratio_table(results: Results) -> str:
+def comparisons(results: Results) -> list[tuple[str, tuple, tuple]]:
+    """What the study is about: a name, and where the rows of both are."""
     steps, equal_time = results.steps, results.equal_time
     stage_1, stage_2 = (("dod", steps, ALL_STAGES, stage) for stage in (1, 2))
     guided = best(results, "dod", steps, [setting for setting in DOD_GUIDED if setting.evaluations(2) <= 3 * STAGE])
-    rivals = [
+    return [
         ("unguided: stage 2 / stage 1", stage_2, stage_1),
         ("unguided: stage 2 / class-only, equal steps and evaluations", stage_2, ("class_only", steps, LONG, 1)),
         ("unguided: stage 2 / class-only, equal time and evaluations", stage_2, ("class_only", equal_time, LONG, 1)),
         ("guided, each at its best: equal steps", guided, best(results, "class_only", steps, CLASS_ONLY_GUIDED)),
         ("guided, each at its best: equal time", guided, best(results, "class_only", equal_time, CLASS_ONLY_GUIDED)),
     ]
-    rows = [[text, *(ratio(results, one, other, name) for name in ("fd", "fd_pca"))] for text, one, other in rivals]
-    needed = "unguided: share of the class-only model's steps after which stage 2 is as near as it is at their end"
-    rows.append([needed, *(steps_needed(results, name) for name in ("fd", "fd_pca"))])
-    return table(["ratio of distances: mean (each seed, 0 first)", FIGURES["fd"][0], FIGURES["fd_pca"][0]], rows)
+
+
+STEPS_NEEDED = "unguided: share of the class-only model's steps after which stage 2 is as near as it is at their end"
+
+
+def ratio_table(results: Results) -> str:
+    names = ("fd", "fd_pca")
+    rows = [[text, *(ratio(results, *keys, name) for name in names)] for text, *keys in comparisons(results)]
+    rows.append([STEPS_NEEDED, *(steps_needed(results, name) for name in names)])
+    return table(["ratio of distances: mean (each seed, 0 first)", *(FIGURES[name][0] for name in names)], rows)
+
+
+def summary_table(all_results: dict[str, Results]) -> str:
+    """The ratios of distances in the classifier's features, a column for each data set."""
+    columns = [[(text, ratio(of, *keys, "fd")) for text, *keys in comparisons(of)] for of in all_results.values()]
+    rows = [[cells[0][0], *(cell for _, cell in cells)] for cells in zip(*columns)]
+    rows.append([STEPS_NEEDED, *(steps_needed(of, "fd") for of in all_results.values())])
+    return table(["ratio of FD: mean (each seed, 0 first)", *all_results], rows)
 
 
 def steps_needed(results: Results, name: str) -> str:
@@ -290,6 +305,20 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
     return tables
 
 
+def load_committed() -> dict[str, Results]:
+    """What docs/evidence holds, by data set in the study's order."""
+    files = {name: DOCS / "evidence" / f"{name}.json" for name in DATA_SETS}
+    stored = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: Results(value["facts"], value["runs"]) for name, value in stored.items()}
+
+
+def put_table(title: str, text: str) -> None:
+    """Replaces a table of docs/evidence.md."""
+    start, end = f"<!-- {title} -->\n", "\n<!-- end -->"
+    before, rest = (DOCS / "evidence.md").read_text().split(start)
+    (DOCS / "evidence.md").write_text(before + start + text + end + rest.split(end, 1)[1])
+
+
 def load(folder: Path) -> Results:
     runs = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))]
     return Results(json.loads((folder / "data.json").read_text()), runs)
@@ -305,19 +334,16 @@ def main():
         results = load(args.output_dir / name)
         if args.compare:
             print(f"## {name}\n\n{ratio_table(results)}\n")
-            committed = json.loads((DOCS / "evidence" / f"{name}.json").read_text())
-            compare(results, Results(committed["facts"], committed["runs"]))
+            compare(results, load_committed()[name])
             continue
         (DOCS / "evidence").mkdir(exist_ok=True)
         text = json.dumps({"facts": results.facts, "runs": results.runs}, indent=0)
         (DOCS / "evidence" / f"{name}.json").write_text(text + "\n")
         plot_curves(results, DOCS / "evidence" / f"{name}-curves.png")
-        report = (DOCS / "evidence.md").read_text()
         for title, make in tables_of(results).items():
-            start, end = f"<!-- {name}:{title} -->\n", "\n<!-- end -->"
-            before, rest = report.split(start)
-            report = before + start + make(results) + end + rest.split(end, 1)[1]
-        (DOCS / "evidence.md").write_text(report)
+            put_table(f"{name}:{title}", make(results))
+    if not args.compare:
+        put_table("all:summary", summary_table(load_committed()))
 
 
 if __name__ == "__main__":
