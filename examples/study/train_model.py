@@ -60,6 +60,11 @@ class Variant:
 def build_models(data: DataSet, variant: Variant, size: Size) -> tuple[DoDTransformer2DModel, DoDLatentEmbedder]:
     channels, image_size = data.images.shape[1:3]
     patch_size = image_size // size.grid
+    if channels * patch_size**2 > size.width:
+        raise ValueError(
+            f"A token of {channels * patch_size**2} numbers, most of them noise to predict, does not pass through a width of "
+            f"{size.width}: take a larger --width or smaller images."
+        )
     transformer = DoDTransformer2DModel(
         sample_size=image_size,
         patch_size=patch_size,
