@@ -241,13 +241,19 @@ def guidance_table(results: Results) -> str:
     plain = {"dod": DOD_GUIDED, "class_only": CLASS_ONLY_GUIDED}
     lines = []
     for variant, title in (("dod", "DoD"), ("class_only", "class-only, equal time")):
-        for setting in [best(results, variant, results.steps, plain[variant])[2], *MORE_GUIDANCE[variant]]:
-            stage = len(setting.steps)
-            # The rival's last checkpoint is that of equal time.
-            step = results.equal_time if variant == "class_only" else results.steps
-            found = results.seeds(variant, step, setting, stage)
+        # The rival's last checkpoint is that of equal time.
+        step = results.equal_time if variant == "class_only" else results.steps
+        rows = [
+            (setting, results.seeds(variant, step, setting, len(setting.steps))) for setting in MORE_GUIDANCE[variant]
+        ]
+        seeds = {seed for _, found in rows for seed in found}
+        setting = best(results, variant, step, plain[variant])[2]
+        rows.insert(0, (setting, results.seeds(variant, step, setting, len(setting.steps))))
+        for setting, found in rows:
+            found = {seed: row for seed, row in found.items() if seed in seeds}
             if found:
-                lines.append([f"{title}, {setting}", f"{setting.evaluations(stage):g}", *figures(found, names)])
+                evaluations = f"{setting.evaluations(len(setting.steps)):g}"
+                lines.append([f"{title}, {setting}", evaluations, *figures(found, names)])
     return table(["", "evaluations", *(FIGURES[name][0] for name in names)], lines)
 
 
