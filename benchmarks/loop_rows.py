@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -39,7 +40,7 @@ def loop_rows(args) -> dict[str, Ratio | float]:
     batch = 8 if args.device == "cpu" else args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_random_cache(f"{folder}/latents", 1024, 512).save_pretrained(f"{folder}/vae")
-        runs = iter(range(10**6))
+        runs = itertools.count()
 
         def train(steps: int) -> None:
             options = {
