@@ -134,6 +134,15 @@ def test_a_run_saves_averaged_weights_at_its_marks(data, trained, tmp_path):
         torch.testing.assert_close(one, other)
 
 
+def test_the_embedder_may_start_later(data, tmp_path):
+    train(data, replace(DOD, prior_start=0.5), SIZE, [2, 4], seed=0, folder=tmp_path)
+    torch.manual_seed(0)
+    _, fresh = build_models(data, DOD, SIZE)
+    before, after = (DoDPipeline.from_pretrained(tmp_path / f"step-{step}").latent_embedder for step in (2, 4))
+    torch.testing.assert_close(before.state_dict(), fresh.state_dict())
+    assert after.proj_out.weight.any() and not fresh.proj_out.weight.any()
+
+
 def test_the_referee_tells_real_from_noise_and_can_be_stored(data, referee):
     images, labels = data.held_out_images[::2], data.held_out_labels[::2]
     held_out = referee.measure(images, labels)

@@ -31,6 +31,7 @@ ABLATIONS = {
     "deeper embedder (3 + 2)": replace(DOD, embedder_layers=(3, 2)),
     "prior drop 0.25": replace(DOD, prior_drop=0.25),
     "prior drop 0.75": replace(DOD, prior_drop=0.75),
+    "priors from half of the training on": replace(DOD, prior_start=0.5),
     "no code noise": replace(DOD, code_noise=0.0),
     "code noise 0.6": replace(DOD, code_noise=0.6),
     "input noise 0.5": replace(DOD, input_noise=0.5),

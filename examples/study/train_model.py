@@ -1,6 +1,6 @@
 """One training run of the study: a DoD model or a class-only one, by the same loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Variant:
             share of the rows with a prior whose embedder reads the model's own one-step sample from much noise.
         learning_rate (`float`): constant after 50 steps of warm-up.
         extra_layers (`int`): blocks that the transformer has more than its size says.
+        prior_start (`float`): share of the training before which no row has a prior.
     """
 
     prior_drop: float = 0.5
@@ -51,6 +52,7 @@ class Variant:
     own_prior: float = 0.0
     learning_rate: float = 2e-3
     extra_layers: int = 0
+    prior_start: float = 0.0
 
     @property
     def has_prior(self) -> bool:
@@ -153,7 +155,8 @@ def train(data: DataSet, variant: Variant, size: Size, steps: list[int], seed: i
 
     for step in range(1, max(steps) + 1):
         optimizer.param_groups[0]["lr"] = variant.learning_rate * min(step / 50, 1)
-        training_step(transformer, latent_embedder, data, variant, size.batch_size).backward()
+        now = variant if step > variant.prior_start * max(steps) else replace(variant, prior_drop=1.0)
+        training_step(transformer, latent_embedder, data, now, size.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
