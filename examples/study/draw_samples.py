@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from data_sets import DATA_SETS, DataSet
+from data_sets import DataSet
 from diffusers.image_processor import VaeImageProcessor
-from experiments import STAGE
+from experiments import STAGE, STUDIES
 from measure_model import Setting, sample, sample_labels
 from study import load_pipeline
 
@@ -25,13 +25,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--guidance", type=float, default=1.0, help="of every stage and of the rival")
     parser.add_argument("--columns", type=int, default=20)
     args = parser.parse_args()
 
-    folder = args.output_dir / args.data
+    folder = args.output_dir / args.study
     data = DataSet(**torch.load(folder / "data.pt", weights_only=True))
     labels = sample_labels(data, args.columns)
     rows = [torch.stack([data.held_out_images[data.held_out_labels == label][n] for n, label in enumerate(labels)])]
@@ -41,7 +41,7 @@ def main():
         pipe = load_pipeline(folder / "models" / f"{name}-0" / f"step-{step}", "cpu")
         rows += sample(pipe, Setting(steps, (args.guidance,) * len(steps)), labels, data, seed=0)
     to_pictures = VaeImageProcessor().postprocess
-    target = DOCS / "evidence" / f"{args.data}-samples.png"
+    target = DOCS / "evidence" / f"{args.study}-samples.png"
     stage_grid([to_pictures(row, output_type="pil") for row in rows], scale=2).save(target)
     print(target)
 

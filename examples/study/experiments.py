@@ -1,13 +1,26 @@
 """The runs of the study and how each is sampled."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from measure_model import Setting, unguided
 from train_model import Variant
 
 
-# Steps of a run, the samples that each figure is of, and where the curves have points, as shares of a run.
-STEPS = 4000
+class Study(NamedTuple):
+    """A data set of `data_sets.py` and the steps of a run on it."""
+
+    data: str
+    steps: int
+
+
+# Each data set's steps, and four times as many.
+STUDIES = {
+    name + suffix: Study(name, times * steps)
+    for name, steps in (("digits", 4000), ("glyphs", 8000), ("emoji", 6000))
+    for suffix, times in (("", 1), ("-long", 4))
+}
+# The samples that each figure is of, and where the curves have points, as shares of a run.
 NUM_SAMPLES = 1000
 MARKS = (0.25, 0.5, 1.0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from experiments import ALL_STAGES, STAGE, VARIANTS
+from experiments import ALL_STAGES, STAGE, STUDIES, VARIANTS
 from PIL import Image
 
 import diffusers_dod
@@ -62,7 +62,7 @@ def draw_stages(pipe: DoDPipeline, path: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--variant", choices=VARIANTS, default="dod")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,20 +70,21 @@ def main():
     parser.add_argument("--license", default="apache-2.0")
     args = parser.parse_args()
 
-    folder = args.output_dir / args.data
+    folder, data = args.output_dir / args.study, STUDIES[args.study].data
     run = json.loads((folder / "runs" / f"{args.variant}-{args.seed}.json").read_text())
     facts = json.loads((folder / "data.json").read_text())
     models = folder / "models" / f"{args.variant}-{args.seed}".replace(" ", "_")
     pipe = DoDPipeline.from_pretrained(models / f"step-{run['steps'][-1]}")
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, pipe.transformer, pipe.latent_embedder):
+        part.register_to_config(_name_or_path=None)  # where it lay on this machine
     # Without the code that DoDPipeline.save_pretrained adds: here it would only repeat src/.
-    pipe.register_to_config(_name_or_path=None)
     DiffusionPipeline.save_pretrained(pipe, args.target)
 
     (args.target / "evaluation.json").write_text(
-        json.dumps(evaluation(args.data, facts, run), indent=2, ensure_ascii=False)
+        json.dumps(evaluation(data, facts, run), indent=2, ensure_ascii=False)
     )
-    training = {"data": args.data, "max_train_steps": run["steps"][-1], "seed": args.seed}
+    training = {"data": data, "max_train_steps": run["steps"][-1], "seed": args.seed}
     training |= asdict(VARIANTS[args.variant]) | facts["size"]
     (args.target / "training_config.json").write_text(json.dumps(training, indent=2))
     draw_stages(pipe, args.target / "stages.png")

@@ -3,8 +3,8 @@
     python examples/study/report.py digits --output_dir outputs/study             # writes docs/evidence/
     python examples/study/report.py digits --output_dir outputs/study --compare   # compares with what is committed
 
-Writes `docs/evidence/<data>.json` (every figure of every run) and `<data>-*.png`, and puts the tables into
-`docs/evidence.md`, each between `<!-- <data>:<table> -->` and `<!-- end -->`; the README has the first one too.
+Writes `docs/evidence/<study>.json` (every figure of every run) and `<data set>-curves.png`, and puts the tables into
+`docs/evidence.md`, each between `<!-- <study>:<table> -->` and `<!-- end -->`; the README has the first one too.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from data_sets import DATA_SETS
 from experiments import (
     ABLATIONS,
     ALL_STAGES,
@@ -29,6 +28,7 @@ from experiments import (
     RIVALS,
     SPLITS,
     STAGE,
+    STUDIES,
 )
 from measure_model import Setting, unguided
 
@@ -51,7 +51,7 @@ FIGURES = {
 
 
 class Results:
-    """All rows of a data set's runs, found by what they are of.
+    """All rows of a study's runs, found by what they are of.
 
     `steps` are a run's; `equal_time` the class-only rival's steps in DoD's time.
     """
@@ -138,7 +138,7 @@ def comparisons(results: Results) -> list[tuple[str, tuple, tuple]]:
     ]
 
 
-STEPS_NEEDED = "unguided: share of the class-only model's steps after which stage 2 is as near as it is at their end"
+STEPS_NEEDED = "unguided: share of the class-only model's steps that stage 2 needs to be as near"
 
 
 def ratio_table(results: Results) -> str:
@@ -154,11 +154,13 @@ def ratio_table(results: Results) -> str:
 
 
 def summary_table(all_results: dict[str, Results]) -> str:
-    """The ratios of distances in the classifier's features, a column for each data set."""
-    columns = [[(text, ratio(of, *keys, "fd")) for text, *keys in comparisons(of)] for of in all_results.values()]
-    rows = [[cells[0][0], *(cell for _, cell in cells)] for cells in zip(*columns)]
-    rows.append([STEPS_NEEDED, *(steps_needed(of, "fd") for of in all_results.values())])
-    return table(["ratio of FD: mean (each seed, 0 first)", *all_results], rows)
+    """The ratios of distances in the classifier's features: a row for each study."""
+    rows = []
+    for name, of in all_results.items():
+        figures = [ratio(of, *keys, "fd") for _, *keys in comparisons(of)]
+        rows.append([f"{STUDIES[name].data}, {of.steps:,} steps", *figures, steps_needed(of, "fd")])
+    head = [text for text, *_ in comparisons(next(iter(all_results.values())))]
+    return table(["ratio of FD: mean (each seed, 0 first)", *head, STEPS_NEEDED], rows)
 
 
 def steps_needed(results: Results, name: str) -> str:
@@ -205,7 +207,12 @@ def ablation_table(results: Results) -> str:
         if not stages[1]:
             continue
         columns = [("fd", 1, stage) for stage in stages]
-        columns += [("accuracy", 3, stages[1]), ("code_fd", 3, stages[1]), ("stage_2_to_1", 2, stages[1])]
+        columns += [
+            ("fd_pca", 2, stages[1]),
+            ("accuracy", 3, stages[1]),
+            ("code_fd", 3, stages[1]),
+            ("stage_2_to_1", 2, stages[1]),
+        ]
         cells = [spread([row[figure] for row in rows], digits) for figure, digits, rows in columns]
         lines.append(["as in the main table" if name == "dod" else name, str(len(stages[1])), *cells])
     head = [
@@ -214,6 +221,7 @@ def ablation_table(results: Results) -> str:
         "stage 1",
         "stage 2",
         "real image as prior",
+        "FD, PCA, stage 2",
         "accuracy, stage 2",
         "code distance",
         "stage 2 to 1",
@@ -257,9 +265,12 @@ def guidance_table(results: Results) -> str:
     return table(["", "evaluations", *(FIGURES[name][0] for name in names)], lines)
 
 
-def plot_curves(results: Results, path: Path) -> None:
-    """Unguided distance against training steps, and against training time."""
-    step_ratio = results.facts["step_time_ratio"]
+def plot_curves(studies: list[Results], path: Path) -> None:
+    """Unguided distance of all studies of a data set against training steps, and against training time."""
+    values: dict[tuple, dict[int, dict]] = {}
+    for results in studies:
+        values |= results.values
+    step_ratio = studies[-1].facts["step_time_ratio"]
     lines = [
         (f"class-only, {2 * STAGE} evaluations", "class_only", [LONG], 1, 1.0),
         (f"DoD, stage 1, {STAGE} evaluations", "dod", [PAIR, ALL_STAGES], 1, step_ratio),
@@ -271,7 +282,7 @@ def plot_curves(results: Results, path: Path) -> None:
             texts = {str(setting) for setting in settings}
             points = {
                 step: [row["fd"] for row in rows.values()]
-                for (of, step, text, number), rows in results.values.items()
+                for (of, step, text, number), rows in values.items()
                 if (of, number) == (variant, stage) and text in texts
             }
             marks = sorted(points)
@@ -279,6 +290,7 @@ def plot_curves(results: Results, path: Path) -> None:
             axis.plot(x, [statistics.mean(points[step]) for step in marks], marker="o", label=label)
             axis.fill_between(x, *([edge(points[step]) for step in marks] for edge in (min, max)), alpha=0.2)
         axis.set_xlabel("training time, in class-only steps" if by_time else "training steps")
+        axis.set_xscale("log")
         axis.set_yscale("log")
     axes[0].set_ylabel("Fréchet distance, unguided")
     axes[0].legend()
@@ -318,8 +330,8 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
 
 
 def load_committed() -> dict[str, Results]:
-    """What docs/evidence holds, by data set in the study's order."""
-    files = {name: DOCS / "evidence" / f"{name}.json" for name in DATA_SETS}
+    """What docs/evidence holds, in the order of `STUDIES`."""
+    files = {name: DOCS / "evidence" / f"{name}.json" for name in STUDIES}
     stored = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     return {name: Results(value["facts"], value["runs"]) for name, value in stored.items()}
 
@@ -338,11 +350,11 @@ def load(folder: Path) -> Results:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", choices=DATA_SETS)
+    parser.add_argument("study", nargs="+", choices=STUDIES)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
-    for name in args.data:
+    for name in args.study:
         results = load(args.output_dir / name)
         if args.compare:
             print(f"## {name}\n\n{ratio_table(results)}\n")
@@ -351,12 +363,15 @@ def main():
         (DOCS / "evidence").mkdir(exist_ok=True)
         text = json.dumps({"facts": results.facts, "runs": results.runs}, indent=0)
         (DOCS / "evidence" / f"{name}.json").write_text(text + "\n")
-        plot_curves(results, DOCS / "evidence" / f"{name}-curves.png")
         for title, make in tables_of(results).items():
             put_table(REPORT, f"{name}:{title}", make(results))
     if not args.compare:
+        committed = load_committed()
+        for data in {STUDIES[name].data for name in args.study}:
+            studies = [results for name, results in committed.items() if STUDIES[name].data == data]
+            plot_curves(studies, DOCS / "evidence" / f"{data}-curves.png")
         for page in (REPORT, README):
-            put_table(page, "all:summary", summary_table(load_committed()))
+            put_table(page, "all:summary", summary_table(committed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Evidence on real data: DoD against a class-only model of the same backbone, by one command.
 
     python examples/study/study.py digits --output_dir outputs/study
-    python examples/study/study.py glyphs emoji --source node_modules ...
+    python examples/study/study.py emoji emoji-long --source node_modules
 
 Data flows as: data set -> referee -> runs (train, save, sample, measure), each in a process of its own -> one JSON a run
 -> tables and plots (`report.py`). What is there already is not repeated, so the same command goes on after a stop, and a
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import CLASS_ONLY, DOD, MAIN, MARKS, NUM_SAMPLES, STEPS, VARIANTS, settings
+from experiments import CLASS_ONLY, DOD, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
 from measure_model import Setting, measure
 from referee import Referee
 from train_model import Size, build_models, train, training_step
@@ -137,13 +137,13 @@ def run(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", choices=DATA_SETS)
+    parser.add_argument("study", nargs="+", choices=STUDIES)
     parser.add_argument("--source", type=Path, help="where the pictures or typefaces are, see data_sets.py")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN))
     parser.add_argument("--more_guidance", action="store_true", help="other kinds of guidance too, of the main models")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="of a run; the study's own if not given")
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--width", type=int, default=Size.width, help="of the backbone, in heads of 32")
     parser.add_argument("--layers", type=int, default=Size.layers)
@@ -154,10 +154,10 @@ def main():
     size = Size(args.width, args.width // 32, args.layers, args.batch_size)
 
     jobs = []
-    for name in args.data:
+    for name in args.study:
         folder = args.output_dir / name
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        prepare(name, args.source, folder, size, args.num_samples, args.device)
+        prepare(STUDIES[name].data, args.source, folder, size, args.num_samples, args.device)
         ratio = json.loads((folder / "data.json").read_text())["step_time_ratio"]
         for seed in args.seeds:
             for variant in args.variants:
@@ -165,9 +165,10 @@ def main():
                 record = json.loads(result.read_text()) if result.exists() else None
                 if record is not None and not missing_settings(variant, record, args.more_guidance):
                     continue
-                steps = [round(args.steps * mark) for mark in MARKS]
+                total = args.steps or STUDIES[name].steps
+                steps = [round(total * mark) for mark in MARKS]
                 if variant == "class_only":
-                    steps.append(round(args.steps * max(ratio, 1.05)))
+                    steps.append(round(total * max(ratio, 1.05)))
                 jobs.append((folder, variant, seed, steps, size, args.num_samples, args.device, args.more_guidance))
 
     # The blocks compile in every process; spawned ones share nothing but the compiler's cache.
