@@ -19,7 +19,7 @@ from data_sets import DataSet, digits, draw_letter  # noqa: E402
 from experiments import ABLATIONS, CLASS_ONLY, DOD, VARIANTS, settings  # noqa: E402
 from measure_model import Setting, explain, measure, sample, sample_labels, unguided  # noqa: E402
 from referee import Referee  # noqa: E402
-from train_model import Size, build_models, one_step_samples, train, training_step  # noqa: E402
+from train_model import Size, build_models, code_capacity, one_step_samples, train, training_step  # noqa: E402
 
 
 SIZE = Size(width=64, heads=2, layers=1, batch_size=8)
@@ -121,6 +121,34 @@ def test_one_step_samples_take_the_noise_out_that_the_model_predicts(data):
     sigmas = (0.6 + 0.4 * torch.rand(64)).view(-1, 1, 1, 1)
     noisy = (1 - sigmas) * data.images[:64] + sigmas * torch.randn_like(data.images[:64])
     torch.testing.assert_close(samples, noisy.clamp(-1, 1))
+
+
+def test_learned_noise_is_paid_by_what_the_codes_can_carry(data):
+    variant = VARIANTS["learned code noise"]
+    transformer, embedder = build_models(data, variant, SIZE)
+    log_noise = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)
+    # Where noise is as strong as the codes, each of the 16 numbers carries half a bit.
+    torch.testing.assert_close(code_capacity(log_noise, 4), 16 * torch.tensor(2.0).log() / 2)
+    torch.manual_seed(0)
+    training_step(transformer, embedder, data, variant, SIZE.batch_size, log_noise).backward()
+    # Fresh prior tokens are zeros, so only the price speaks, and for more noise.
+    torch.testing.assert_close(log_noise.grad, torch.full((4,), -variant.noise_price * 4 / 2))
+    torch.nn.init.normal_(embedder.proj_out.weight)
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    before = log_noise.grad.clone()
+    training_step(transformer, embedder, data, variant, SIZE.batch_size, log_noise).backward()
+    assert not torch.allclose(log_noise.grad, 2 * before)
+
+
+def test_own_samples_are_to_have_their_images_codes(data):
+    transformer, embedder = build_models(data, DOD, SIZE)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    losses = []
+    for weight in (0.0, 1.0, 2.0):
+        torch.manual_seed(0)
+        losses.append(training_step(transformer, embedder, data, replace(DOD, code_matching=weight), 8))
+    assert losses[1] > losses[0] + 1e-3
+    torch.testing.assert_close(losses[2] - losses[0], 2 * (losses[1] - losses[0]))
 
 
 def test_a_run_saves_averaged_weights_at_its_marks(data, trained, tmp_path):

@@ -1,9 +1,11 @@
 """One training run of the study: a DoD model or a class-only one, by the same loop."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from data_sets import DataSet
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
@@ -42,6 +44,10 @@ class Variant:
         learning_rate (`float`): constant after 50 steps of warm-up.
         extra_layers (`int`): blocks that the transformer has more than its size says.
         prior_start (`float`): share of the training before which no row has a prior.
+        noise_price (`float`):
+            in the loss, for a nat that the codes can carry; `code_noise` is learned then, a size for each channel.
+        code_matching (`float`):
+            in the loss, for the distance of the codes of the model's own one-step samples from their images' codes.
     """
 
     prior_drop: float = 0.5
@@ -53,6 +59,8 @@ class Variant:
     learning_rate: float = 2e-3
     extra_layers: int = 0
     prior_start: float = 0.0
+    noise_price: float = 0.0
+    code_matching: float = 0.0
 
     @property
     def has_prior(self) -> bool:
@@ -105,14 +113,23 @@ def one_step_samples(transformer: DoDTransformer2DModel, images: torch.Tensor, l
     return (example.noisy - sigmas.view(-1, 1, 1, 1) * velocity).clamp(-1, 1)
 
 
+def code_capacity(log_noise: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Nats that codes of power 1 can carry past noise of such sizes: that many Gaussian channels."""
+    return num_codes * torch.log1p(torch.exp(-2 * log_noise)).sum() / 2
+
+
 def training_step(
     transformer: DoDTransformer2DModel,
     latent_embedder: DoDLatentEmbedder,
     data: DataSet,
     variant: Variant,
     batch_size: int,
+    log_noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of a random batch."""
+    """The loss of a random batch.
+
+    `log_noise`, of the codes' channels, stands for `variant.code_noise` where that is learned.
+    """
     device = data.images.device
     rows = torch.randint(len(data.images), (batch_size,), device=device)
     images = data.images[rows]
@@ -132,9 +149,20 @@ def training_step(
     code_noise = None
     if variant.code_noise:
         config = latent_embedder.config
-        grid = images.shape[-1] // config.patch_size
-        code_noise = variant.code_noise * torch.randn(batch_size, grid**2, config.bottleneck_dim, device=device)
-    return dod_loss(transformer, latent_embedder, seen, labels, example, num_prior_rows, code_noise=code_noise).total
+        num_codes = (images.shape[-1] // config.patch_size) ** 2
+        size = variant.code_noise if log_noise is None else log_noise.exp()
+        code_noise = size * torch.randn(batch_size, num_codes, config.bottleneck_dim, device=device)
+    loss = dod_loss(transformer, latent_embedder, seen, labels, example, num_prior_rows, code_noise=code_noise).total
+
+    # What else the codes are asked for
+    if log_noise is not None:
+        loss = loss + variant.noise_price * code_capacity(log_noise, num_codes)
+    if variant.code_matching:
+        own = one_step_samples(transformer, images[:num_prior_rows], labels[:num_prior_rows])
+        with torch.no_grad():
+            wanted = latent_embedder(images[:num_prior_rows]).codes
+        loss = loss + variant.code_matching * F.mse_loss(latent_embedder(own).codes, wanted) / wanted.square().mean()
+    return loss
 
 
 def train(data: DataSet, variant: Variant, size: Size, steps: list[int], seed: int, folder: Path) -> None:
@@ -144,6 +172,11 @@ def train(data: DataSet, variant: Variant, size: Size, steps: list[int], seed: i
     parameters = [*transformer.parameters()]
     if variant.has_prior:
         parameters += latent_embedder.parameters()
+    log_noise = None
+    if variant.noise_price:
+        start = torch.full((latent_embedder.config.bottleneck_dim,), math.log(variant.code_noise))
+        log_noise = torch.nn.Parameter(start.to(data.images.device))
+        parameters.append(log_noise)
     optimizer = torch.optim.AdamW(
         parameters, lr=variant.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -156,7 +189,7 @@ def train(data: DataSet, variant: Variant, size: Size, steps: list[int], seed: i
     for step in range(1, max(steps) + 1):
         optimizer.param_groups[0]["lr"] = variant.learning_rate * min(step / 50, 1)
         now = variant if step > variant.prior_start * max(steps) else replace(variant, prior_drop=1.0)
-        training_step(transformer, latent_embedder, data, now, size.batch_size).backward()
+        training_step(transformer, latent_embedder, data, now, size.batch_size, log_noise).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
