@@ -124,7 +124,7 @@ def test_one_step_samples_take_the_noise_out_that_the_model_predicts(data):
 
 
 def test_learned_noise_is_paid_by_what_the_codes_can_carry(data):
-    variant = VARIANTS["learned code noise"]
+    variant = VARIANTS["learned code noise, price 1e-3"]
     transformer, embedder = build_models(data, variant, SIZE)
     log_noise = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)
     # Where noise is as strong as the codes, each of the 16 numbers carries half a bit.

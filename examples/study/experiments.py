@@ -50,7 +50,8 @@ ABLATIONS = {
     "input noise 0.5": replace(DOD, input_noise=0.5),
     "own samples as priors": replace(DOD, own_prior=0.5),
     "codes of own samples matched": replace(DOD, code_matching=0.1),
-    "learned code noise": replace(DOD, noise_price=1e-3),
+    "learned code noise, price 1e-3": replace(DOD, noise_price=1e-3),
+    "learned code noise, price 1e-4": replace(DOD, noise_price=1e-4),
     "learning rate 1e-3": replace(DOD, learning_rate=1e-3),
     "learning rate 4e-3": replace(DOD, learning_rate=4e-3),
 }
