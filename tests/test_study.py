@@ -16,10 +16,21 @@ sys.path.insert(0, str(EXAMPLES / "study"))
 import report  # noqa: E402
 from autoguidance import guided_by  # noqa: E402
 from data_sets import DataSet, digits, draw_letter  # noqa: E402
-from experiments import ABLATIONS, CLASS_ONLY, DOD, VARIANTS, settings  # noqa: E402
+from experiments import ABLATIONS, CLASS_ONLY, DOD, DOD_REDRAWN, VARIANTS, settings  # noqa: E402
 from measure_model import Setting, explain, measure, sample, sample_labels, unguided  # noqa: E402
 from referee import Referee  # noqa: E402
-from train_model import Size, build_models, code_capacity, one_step_samples, train, training_step  # noqa: E402
+from train_model import (  # noqa: E402
+    REDRAW_BATCH,
+    REDRAW_STEPS,
+    Redrawn,
+    Size,
+    build_models,
+    code_capacity,
+    one_step_samples,
+    redraw,
+    train,
+    training_step,
+)
 
 
 SIZE = Size(width=64, heads=2, layers=1, batch_size=8)
@@ -121,6 +132,59 @@ def test_one_step_samples_take_the_noise_out_that_the_model_predicts(data):
     sigmas = (0.6 + 0.4 * torch.rand(64)).view(-1, 1, 1, 1)
     noisy = (1 - sigmas) * data.images[:64] + sigmas * torch.randn_like(data.images[:64])
     torch.testing.assert_close(samples, noisy.clamp(-1, 1))
+
+
+def test_redrawing_starts_from_the_noised_image_and_follows_the_model(data):
+    transformer, _ = build_models(data, CLASS_ONLY, SIZE)
+    rows = torch.arange(2 * REDRAW_BATCH)
+    # A fresh model predicts no velocity, so what is redrawn is the noisy image itself.
+    torch.manual_seed(1)
+    redrawn = redraw(transformer, data, rows, (0.25, 0.75))
+    torch.manual_seed(1)
+    for sigma, batch in ((0.25, rows[:REDRAW_BATCH]), (0.75, rows[REDRAW_BATCH:])):
+        noisy = (1 - sigma) * data.images[batch] + sigma * torch.randn_like(data.images[batch])
+        torch.testing.assert_close(redrawn.images[batch], noisy.clamp(-1, 1))
+    # One that knows the image and its noise takes the noise out, in as many steps as it is asked.
+    image, calls = data.images[:1], []
+
+    def true_velocity(images, timestep, labels, return_dict):
+        calls.append((timestep.tolist(), labels.tolist()))
+        return ((images - image) / (timestep / 1000).view(-1, 1, 1, 1),)
+
+    torch.testing.assert_close(redraw(true_velocity, data, rows[:1], (0.8, 0.8)).images, image, atol=1e-5, rtol=0)
+    assert len(calls) == REDRAW_STEPS
+    assert [call[0][0] for call in calls] == pytest.approx([800, 600, 400, 200], rel=1e-5)
+    assert all(call[1] == data.labels[:1].tolist() for call in calls)
+
+
+@pytest.mark.parametrize("share, number", [(1.0, 4), (0.5, 2)])
+def test_the_embedder_reads_what_was_redrawn_and_the_transformer_the_image(data, share, number):
+    variant = replace(DOD_REDRAWN, redrawn_prior=share)
+    transformer, embedder = build_models(data, variant, SIZE)
+    row = int((data.labels == 7).nonzero()[0])
+    redrawn = Redrawn(torch.tensor([row]), torch.full((1, 1, 28, 28), 0.125))
+    read, noisy = [], []
+    embedder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    transformer.register_forward_pre_hook(lambda module, inputs: noisy.append(inputs))
+    training_step(transformer, embedder, data, variant, SIZE.batch_size, redrawn=redrawn)
+    same = (read[0] == 0.125).all(dim=(1, 2, 3))
+    assert same.tolist() == [True] * number + [False] * (4 - number)
+    images, timesteps, labels = noisy[0]
+    assert set(labels[:number].tolist()) <= {7, len(data.class_names)}
+    sigma = (timesteps[:number] / 1000).view(-1, 1, 1, 1)
+    noise = (images[:number] - (1 - sigma) * data.images[row]) / sigma
+    assert 0.9 < noise.std() < 1.1 and noise.mean().abs() < 0.1
+
+
+def test_images_are_redrawn_from_a_quarter_of_the_training_on(data, tmp_path):
+    weights = {}
+    for name, variant in {"plain": replace(DOD_REDRAWN, redrawn_prior=0.0), "redrawn": DOD_REDRAWN}.items():
+        train(data, variant, SIZE, [1, 8], seed=0, folder=tmp_path / name)
+        for step in (1, 8):
+            pipe = DoDPipeline.from_pretrained(tmp_path / name / f"step-{step}")
+            weights[name, step] = pipe.transformer.proj_out.weight
+    torch.testing.assert_close(weights["plain", 1], weights["redrawn", 1])
+    assert not torch.equal(weights["plain", 8], weights["redrawn", 8])
 
 
 def test_learned_noise_is_paid_by_what_the_codes_can_carry(data):

@@ -14,11 +14,14 @@ class Study(NamedTuple):
     steps: int
 
 
-# Each data set's steps, and four times as many.
+# Each data set's steps, and those of a longer training.
 STUDIES = {
-    name + suffix: Study(name, times * steps)
-    for name, steps in (("digits", 4000), ("glyphs", 8000), ("emoji", 6000))
-    for suffix, times in (("", 1), ("-long", 4))
+    "digits": Study("digits", 4000),
+    "digits-long": Study("digits", 16000),
+    "glyphs": Study("glyphs", 8000),
+    "glyphs-long": Study("glyphs", 16000),
+    "emoji": Study("emoji", 6000),
+    "emoji-long": Study("emoji", 12000),
 }
 # The samples that each figure is of, and where the curves have points, as shares of a run.
 NUM_SAMPLES = 1000
@@ -26,6 +29,7 @@ MARKS = (0.25, 0.5, 1.0)
 
 CLASS_ONLY = Variant(prior_drop=1.0)
 DOD = Variant(code_noise=0.3)
+DOD_REDRAWN = Variant(bottleneck=(4, 4), code_noise=0.3, redrawn_prior=1.0)
 
 # What every data set is run with.
 MAIN = {"class_only": CLASS_ONLY, "dod": DOD}
@@ -55,7 +59,12 @@ ABLATIONS = {
     "learning rate 1e-3": replace(DOD, learning_rate=1e-3),
     "learning rate 4e-3": replace(DOD, learning_rate=4e-3),
 }
-VARIANTS = MAIN | RIVALS | ABLATIONS
+# Priors read from images that the model redrew, which want a wider bottleneck, and the same bottleneck without them.
+REDRAWN = {
+    "redrawn priors, grid 4x4, 4 channels": DOD_REDRAWN,
+    "grid 4x4, 4 channels": replace(DOD, bottleneck=(4, 4)),
+}
+VARIANTS = MAIN | RIVALS | ABLATIONS | REDRAWN
 
 STAGE = 12
 PAIR = unguided(STAGE, STAGE)

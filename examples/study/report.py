@@ -25,6 +25,7 @@ from experiments import (
     MORE_GUIDANCE,
     PAIR,
     REAL_PRIOR,
+    REDRAWN,
     RIVALS,
     SPLITS,
     STAGE,
@@ -229,6 +230,28 @@ def ablation_table(results: Results) -> str:
     return table(head, lines)
 
 
+def redrawn_table(results: Results) -> str:
+    """DoD by what its priors are read from in training, each over all seeds it has, with the class-only model."""
+    rival = ("class_only", results.steps, LONG, 1)
+    rows = [
+        ("class-only, equal steps", rival),
+        ("class-only, equal time", ("class_only", results.equal_time, LONG, 1)),
+    ]
+    for name in ("dod", *REDRAWN):
+        title = "as in the main table (grid 2x2, 4 channels)" if name == "dod" else name
+        pair = ALL_STAGES if name == "dod" else PAIR
+        rows += [(f"{title}, stage {stage}", (name, results.steps, pair, stage)) for stage in (1, 2)]
+        rows.append((f"{title}, real image as prior", (name, results.steps, REAL_PRIOR, 2)))
+    names = ["fd", "fd_pca", "accuracy", "precision", "recall", "coverage"]
+    lines = []
+    for title, key in rows:
+        found = results.seeds(*key)
+        if found:
+            ratios = [ratio(results, key, rival, name) for name in ("fd", "fd_pca")]
+            lines.append([title, *figures(found, names), *ratios])
+    return table(["", *(FIGURES[name][0] for name in names), "FD / class-only's", "FD, PCA / class-only's"], lines)
+
+
 def rival_table(results: Results) -> str:
     """The class-only model of other settings beside that of the main table, same seeds and steps."""
     names = ["fd", "fd_pca", "accuracy"]
@@ -323,6 +346,8 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
         tables["ablations"] = ablation_table
     if any(run["variant"] in RIVALS for run in results.runs):
         tables["rivals"] = rival_table
+    if any(run["variant"] in REDRAWN for run in results.runs):
+        tables["redrawn"] = redrawn_table
     more = {str(setting) for settings in MORE_GUIDANCE.values() for setting in settings}
     if any(row["setting"] in more for run in results.runs for row in run["rows"]):
         tables["guidance"] = guidance_table

@@ -21,33 +21,57 @@ from pathlib import Path
 
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import CLASS_ONLY, DOD, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
+from experiments import CLASS_ONLY, DOD, DOD_REDRAWN, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
 from measure_model import Setting, measure
 from referee import Referee
-from train_model import Size, build_models, train, training_step
+from train_model import (
+    REDRAW_AT,
+    REDRAW_BATCH,
+    REDRAWN_PER_STEP,
+    Size,
+    build_models,
+    redraw,
+    train,
+    training_step,
+)
 
 from diffusers_dod import DoDPipeline
 
 
-def step_time_ratio(data: DataSet, size: Size, repeats: int = 40) -> float:
-    """The time of a DoD step over a class-only one's, both by turns in this process; the median of all turns."""
+def step_time_ratios(data: DataSet, size: Size, repeats: int = 40) -> dict[str, float]:
+    """The time of a step of DoD, plain and with redrawn priors, over a class-only one's.
+
+    All by turns in this process, the median of all turns. A step with redrawn priors has its share of the redrawing.
+    """
     torch.manual_seed(0)
-    variants = {variant: build_models(data, variant, size) for variant in (DOD, CLASS_ONLY)}
-    for models in variants.values():
-        for model in models:
+    variants = {"class-only": CLASS_ONLY, "DoD": DOD, "redrawn priors": DOD_REDRAWN}
+    models = {name: build_models(data, variant, size) for name, variant in variants.items()}
+    for pair in models.values():
+        for model in pair:
             model.to(data.images.device).compile_repeated_blocks()
-    ratios = []
+    rows = torch.randperm(len(data.images), device=data.images.device)[:REDRAW_BATCH]
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 5):
-        seconds = []
-        for variant, models in variants.items():
+        seconds = {}
+        start = time.perf_counter()
+        redrawn = redraw(models["redrawn priors"][0], data, rows, DOD_REDRAWN.redraw_sigmas)
+        redrawing = seconds_since(start, data) / REDRAW_BATCH * len(REDRAW_AT) * REDRAWN_PER_STEP
+        for name, variant in variants.items():
             start = time.perf_counter()
-            training_step(*models, data, variant, size.batch_size).backward()
-            if data.images.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            of_variant = redrawn if variant.redrawn_prior else None
+            training_step(*models[name], data, variant, size.batch_size, redrawn=of_variant).backward()
+            seconds[name] = seconds_since(start, data)
+        seconds["redrawn priors"] += redrawing
         if turn >= 5:
-            ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+            for name in variants:
+                ratios[name].append(seconds[name] / seconds["class-only"])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def seconds_since(start: float, data: DataSet) -> float:
+    if data.images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def write_json(path: Path, value) -> None:
@@ -68,13 +92,15 @@ def prepare(name: str, source: Path | None, folder: Path, size: Size, num_sample
     torch.save(referee.state(), folder / "referee.pt")
     held_out = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:num_samples]
     parameters = [sum(p.numel() for p in model.parameters()) for model in build_models(data, DOD, size)]
+    ratios = step_time_ratios(on_device(data, device), size)
     facts = {
         "images": len(data.images),
         "held_out": len(data.held_out_images),
         "classes": len(data.class_names),
         "referee_accuracy": referee.accuracy,
         "real": referee.measure(data.held_out_images[held_out], data.held_out_labels[held_out]),
-        "step_time_ratio": step_time_ratio(on_device(data, device), size),
+        "step_time_ratio": ratios["DoD"],
+        "redrawn_time_ratio": ratios["redrawn priors"],
         "size": asdict(size),
         "parameters": {"transformer": parameters[0], "latent_embedder": parameters[1]},
         "num_samples": num_samples,
