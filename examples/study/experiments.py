@@ -117,4 +117,5 @@ def settings(name: str, step: int, steps: list[int], more_guidance: bool = False
     if not VARIANTS[name].has_prior:
         return [LONG]
     noisy = [unguided(STAGE, STAGE, prior_noise=0.25)] if VARIANTS[name].input_noise else []
-    return [PAIR, REAL_PRIOR, *noisy]
+    guided = DOD_GUIDED if VARIANTS[name].redrawn_prior else []
+    return [PAIR, REAL_PRIOR, *noisy, *guided]
