@@ -44,6 +44,7 @@ ABLATIONS = {
     "bottleneck grid 4x4, 1 channel": replace(DOD, bottleneck=(4, 1)),
     "bottleneck grid 2x2, 2 channels": replace(DOD, bottleneck=(2, 2)),
     "bottleneck grid 2x2, 8 channels": replace(DOD, bottleneck=(2, 8)),
+    "bottleneck grid 2x2, 16 channels": replace(DOD, bottleneck=(2, 16)),
     "bottleneck grid 1x1, 8 channels": replace(DOD, bottleneck=(1, 8)),
     "deeper embedder (3 + 2)": replace(DOD, embedder_layers=(3, 2)),
     "prior drop 0.25": replace(DOD, prior_drop=0.25),
@@ -75,16 +76,20 @@ CLASS_ONLY_GUIDED = [Setting((2 * STAGE,), (scale,)) for scale in (1.5, 2.0, 2.5
 DOD_GUIDED = [
     Setting((STAGE, STAGE), scales) for scales in ((1.5, 1.0), (1.5, 1.5), (2.0, 2.0), (2.5, 2.5), (3.0, 2.0))
 ]
-# What else guidance can be, each at the scale that was best, or next to it.
+# What else guidance can be: scales between, and other kinds, each at the scale that was best, or next to it.
 MORE_GUIDANCE = {
     "class_only": [
+        *(Setting((2 * STAGE,), (scale,)) for scale in (1.25, 1.75, 2.25)),
         Setting((2 * STAGE,), (2.0,), intervals=((0.0, 1.0),)),
         Setting((2 * STAGE,), (2.0,), intervals=((0.0, 0.5),)),
         Setting((2 * STAGE,), (2.0,), intervals=((0.5, 1.0),)),
         Setting((2 * STAGE,), (1.5,), intervals=((0.0, 1.0),), autoguidance=True),
         Setting((2 * STAGE,), (2.0,), intervals=((0.0, 1.0),), autoguidance=True),
+        Setting((2 * STAGE,), (2.5,), intervals=((0.0, 1.0),), autoguidance=True),
     ],
     "dod": [
+        Setting((STAGE, STAGE), (1.25, 1.25)),
+        Setting((STAGE, STAGE), (1.0, 1.5)),
         Setting((STAGE, STAGE), (2.0, 1.0)),
         Setting((STAGE, STAGE), (1.0, 2.0)),
         Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.0, 1.0),) * 2),
@@ -97,7 +102,8 @@ MORE_GUIDANCE = {
         Setting((STAGE, STAGE), (2.0, 2.0), intervals=((0.0, 1.0),) * 2, autoguidance=True),
     ],
 }
-SPLITS = [unguided(6, 18), unguided(18, 6)]
+# A fixed budget between the stages, two or more
+SPLITS = [unguided(6, 18), unguided(18, 6), unguided(8, 8, 8), unguided(6, 6, 6, 6)]
 
 
 def settings(name: str, step: int, steps: list[int], more_guidance: bool = False) -> list[Setting]:

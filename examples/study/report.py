@@ -91,7 +91,10 @@ def configurations(results: Results) -> list[tuple[str, tuple]]:
     """What the main table compares: a name, and where its rows are."""
     steps = results.steps
     rows = [(f"DoD, stage {stage}", ("dod", steps, ALL_STAGES, stage)) for stage in (1, 2, 3, 4)]
-    rows += [(f"DoD, {setting}", ("dod", steps, setting, 2)) for setting in [*SPLITS, REAL_PRIOR, *DOD_GUIDED]]
+    rows += [
+        (f"DoD, {setting}", ("dod", steps, setting, len(setting.steps)))
+        for setting in [*SPLITS, REAL_PRIOR, *DOD_GUIDED]
+    ]
     rivals = [unguided(STAGE), LONG, *CLASS_ONLY_GUIDED]
     rows += [(f"class-only, {setting}", ("class_only", steps, setting, 1)) for setting in rivals]
     equal_time = results.equal_time
@@ -114,8 +117,11 @@ def main_table(results: Results) -> str:
 
 def ratio(results: Results, one: tuple, other: tuple, name: str) -> str:
     """Mean over seeds of one configuration's figure over another's, and each seed's."""
-    rivals = results.seeds(*other)
-    ratios = [row[name] / rivals[seed][name] for seed, row in sorted(results.seeds(*one).items()) if seed in rivals]
+    return ratio_of_rows(results.seeds(*one), results.seeds(*other), name)
+
+
+def ratio_of_rows(rows: dict[int, dict], rivals: dict[int, dict], name: str) -> str:
+    ratios = [row[name] / rivals[seed][name] for seed, row in sorted(rows.items()) if seed in rivals]
     return f"{statistics.mean(ratios):.2f} ({', '.join(f'{value:.2f}' for value in ratios)})"
 
 
@@ -277,25 +283,37 @@ def rival_table(results: Results) -> str:
 
 
 def guidance_table(results: Results) -> str:
-    """Kinds of guidance beside the plain one of the same scale."""
+    """Kinds of guidance below the plain one that is best, each over the rival's best.
+
+    The rival's has no more evaluations than plain guidance of all stages, or than what it is compared with.
+    """
     names = ["fd", "fd_pca", "accuracy", "recall", "coverage"]
     plain = {"dod": DOD_GUIDED, "class_only": CLASS_ONLY_GUIDED}
-    lines = []
-    for variant, title in (("dod", "DoD"), ("class_only", "class-only, equal time")):
-        # The rival's last checkpoint is that of equal time.
-        step = results.equal_time if variant == "class_only" else results.steps
-        rows = [
-            (setting, results.seeds(variant, step, setting, len(setting.steps))) for setting in MORE_GUIDANCE[variant]
+    # The rival's last checkpoint is that of equal time.
+    steps = {"dod": results.steps, "class_only": results.equal_time}
+    keys, evaluations = [], {}
+    for variant, step in steps.items():
+        more = [
+            setting for setting in MORE_GUIDANCE[variant] if results.seeds(variant, step, setting, len(setting.steps))
         ]
-        seeds = {seed for _, found in rows for seed in found}
-        setting = best(results, variant, step, plain[variant])[2]
-        rows.insert(0, (setting, results.seeds(variant, step, setting, len(setting.steps))))
-        for setting, found in rows:
-            found = {seed: row for seed, row in found.items() if seed in seeds}
-            if found:
-                evaluations = f"{setting.evaluations(len(setting.steps)):g}"
-                lines.append([f"{title}, {setting}", evaluations, *figures(found, names)])
-    return table(["", "evaluations", *(FIGURES[name][0] for name in names)], lines)
+        for setting in [best(results, variant, step, plain[variant])[2], *more]:
+            key = (variant, step, setting, len(setting.steps))
+            keys.append(key)
+            evaluations[key] = setting.evaluations(len(setting.steps))
+    seeds = {seed for key in keys if key[2] in MORE_GUIDANCE[key[0]] for seed in results.seeds(*key)}
+    rows = {key: {seed: row for seed, row in results.seeds(*key).items() if seed in seeds} for key in keys}
+    distances = {key: statistics.mean(row["fd"] for row in found.values()) for key, found in rows.items()}
+    lines = []
+    for key, found in rows.items():
+        most = max(evaluations[key], 3 * STAGE)
+        rivals = [other for other in keys if other[0] == "class_only" and evaluations[other] <= most]
+        rival = rows[min(rivals, key=lambda other: distances[other])]
+        title = "DoD" if key[0] == "dod" else "class-only, equal time"
+        lines.append(
+            [f"{title}, {key[2]}", f"{evaluations[key]:g}", *figures(found, names), ratio_of_rows(found, rival, "fd")]
+        )
+    head = ["", "evaluations", *(FIGURES[name][0] for name in names), "FD over class-only's best"]
+    return table(head, lines)
 
 
 def plot_curves(studies: list[Results], path: Path) -> None:
