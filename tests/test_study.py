@@ -311,6 +311,61 @@ def test_the_class_only_rival_is_measured_as_often():
     assert max(setting.evaluations(1) for setting in guided) == max(setting.evaluations(2) for setting in dod)
 
 
+def results_of(distances):
+    """Two seeds' results in which every figure is the one distance of (variant, setting, stage), times 1 and times 2."""
+    runs = []
+    for variant in ("class_only", "dod"):
+        steps = [500, 1000, 1100] if variant == "class_only" else [500, 1000]
+        for seed in (0, 1):
+            rows = [
+                {
+                    "step": step,
+                    "setting": str(setting),
+                    "stage": stage,
+                    **dict.fromkeys(report.FIGURES, value * (seed + 1)),
+                }
+                for (of, setting, stage), value in distances.items()
+                if of == variant
+                for step in steps
+            ]
+            runs.append({"variant": variant, "seed": seed, "steps": steps, "rows": rows})
+    return report.Results({}, runs)
+
+
+def test_the_best_split_is_that_of_the_least_distance():
+    distances = {
+        ("class_only", report.LONG, 1): 10.0,
+        ("dod", report.ALL_STAGES, 2): 8.0,
+        ("dod", unguided(18, 6), 2): 7.0,
+        ("dod", unguided(8, 8, 8), 1): 1.0,
+        ("dod", unguided(8, 8, 8), 3): 6.0,
+    }
+    results = results_of(distances)
+    text, one, other = report.best_split(results)
+    assert "8/8/8 steps, the best of 3 splits" in text
+    assert report.ratio(results, one, other, "fd") == "0.60 (0.60, 0.60)"
+    text, *_ = report.best_split(results_of(distances | {("dod", report.ALL_STAGES, 2): 5.0}))
+    assert "12/12 steps, the best of 3 splits" in text
+
+
+def test_guidance_is_compared_with_the_rivals_best_of_no_more_evaluations():
+    plain, dear = report.CLASS_ONLY_GUIDED[0], report.MORE_GUIDANCE["class_only"][-1]
+    one_stage, autoguided = Setting((12, 12), (2.0, 1.0)), report.MORE_GUIDANCE["dod"][-1]
+    assert (plain.evaluations(1), dear.evaluations(1)) == (36, 48)
+    assert (one_stage.evaluations(2), autoguided.evaluations(2)) == (30, 48)
+    distances = {("class_only", plain, 1): 10.0, ("class_only", dear, 1): 5.0}
+    distances |= {("dod", report.DOD_GUIDED[0], 2): 9.0, ("dod", one_stage, 2): 8.0, ("dod", autoguided, 2): 4.0}
+    lines = report.guidance_table(results_of(distances)).splitlines()[2:]
+    ratios = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in lines}
+    assert ratios == {
+        f"DoD, {report.DOD_GUIDED[0]}": "0.90 (0.90, 0.90)",
+        f"DoD, {one_stage}": "0.80 (0.80, 0.80)",
+        f"DoD, {autoguided}": "0.80 (0.80, 0.80)",
+        f"class-only, equal time, {plain}": "1.00 (1.00, 1.00)",
+        f"class-only, equal time, {dear}": "1.00 (1.00, 1.00)",
+    }
+
+
 @pytest.mark.parametrize("name", report.load_committed())
 def test_the_report_says_what_was_measured(name):
     results = report.load_committed()[name]
