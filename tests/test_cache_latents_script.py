@@ -117,8 +117,9 @@ def test_killed_and_continued_by_other_numbers_of_processes_it_ends_the_same(scr
         with pytest.raises(ValueError, match="not finished|holds no cached latents"):
             CachedLatents(folder)
     assert kills == 6
-    # What a process killed while writing leaves
+    # What a process killed while writing leaves, of its own and of safetensors'
     (folder / "tmp-shard-00019.safetensors").write_bytes(b"half")
+    (folder / ".tmpAbCdEf").write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert 9 <= len(kept) < 20
 

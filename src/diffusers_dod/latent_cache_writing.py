@@ -120,7 +120,9 @@ class LatentCacheWriter:
         self.num_shards = -(-settings["count"] // settings["shard_size"])
 
     def _unfinished(self) -> list[Path]:
-        return [path for kind in ("shard-*.safetensors", MANIFEST_NAME) for path in self.folder.glob(f"tmp-{kind}")]
+        # `.tmp*` is what safetensors (0.8) itself writes to before it renames.
+        kinds = ("tmp-shard-*.safetensors", f"tmp-{MANIFEST_NAME}", ".tmp*")
+        return [path for kind in kinds for path in self.folder.glob(kind)]
 
     def rows(self, number: int) -> range:
         """The rows of a shard."""
