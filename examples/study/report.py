@@ -121,14 +121,24 @@ def ratio(results: Results, one: tuple, other: tuple, name: str) -> str:
 
 
 def ratio_of_rows(rows: dict[int, dict], rivals: dict[int, dict], name: str) -> str:
+    """The same of rows by seed."""
     ratios = [row[name] / rivals[seed][name] for seed, row in sorted(rows.items()) if seed in rivals]
     return f"{statistics.mean(ratios):.2f} ({', '.join(f'{value:.2f}' for value in ratios)})"
 
 
 def best(results: Results, variant: str, step: int, settings: list[Setting]) -> tuple:
     """The measured setting whose last stage has the least mean distance."""
+    return nearest(results, measured(results, variant, step, settings))
+
+
+def measured(results: Results, variant: str, step: int, settings: list[Setting]) -> list[tuple]:
+    """Where the last stage's rows are, of the settings that have any."""
     keys = [(variant, step, setting, len(setting.steps)) for setting in settings]
-    keys = [key for key in keys if results.seeds(*key)]
+    return [key for key in keys if results.seeds(*key)]
+
+
+def nearest(results: Results, keys: list[tuple]) -> tuple:
+    """The rows of the least mean distance."""
     return min(keys, key=lambda key: statistics.mean(row["fd"] for row in results.seeds(*key).values()))
 
 
@@ -149,12 +159,8 @@ def comparisons(results: Results) -> list[tuple[str, tuple, tuple]]:
 def best_split(results: Results) -> tuple[str, tuple, tuple]:
     """As of `comparisons`, with the unguided evaluations split between the stages as suits DoD best."""
     steps = results.steps
-    measured = [setting for setting in SPLITS if results.seeds("dod", steps, setting, len(setting.steps))]
-    candidates = [
-        ("dod", steps, ALL_STAGES, 2),
-        *(("dod", steps, setting, len(setting.steps)) for setting in measured),
-    ]
-    key = min(candidates, key=lambda key: statistics.mean(row["fd"] for row in results.seeds(*key).values()))
+    candidates = [("dod", steps, ALL_STAGES, 2), *measured(results, "dod", steps, SPLITS)]
+    key = nearest(results, candidates)
     split = "/".join(map(str, key[2].steps[: key[3]]))
     text = f"unguided: stages of {split} steps, the best of {len(candidates)} splits / class-only, equal steps and evaluations"
     return text, key, ("class_only", steps, LONG, 1)
@@ -270,9 +276,9 @@ def redrawn_table(results: Results) -> str:
         rows += [(f"{title}: stage {stage}", (name, steps, pair, stage), rival) for stage in (1, 2)]
         rows.append((f"{title}: stage 2, over equal time", (name, steps, pair, 2), equal_time))
         rows.append((f"{title}: real prior", (name, steps, REAL_PRIOR, 2), rival))
-        guided = [setting for setting in DOD_GUIDED if results.seeds(name, steps, setting, 2)]
+        guided = measured(results, name, steps, DOD_GUIDED)
         if guided:
-            key = best(results, name, steps, guided)
+            key = nearest(results, guided)
             rows.append((f"{title}: {key[2]}", key, guided_rival))
     names = ["fd", "fd_pca", "accuracy", "precision", "recall", "coverage"]
     lines = []
@@ -309,17 +315,13 @@ def guidance_table(results: Results) -> str:
     plain = {"dod": DOD_GUIDED, "class_only": CLASS_ONLY_GUIDED}
     # The rival's last checkpoint is that of equal time.
     steps = {"dod": results.steps, "class_only": results.equal_time}
-    keys, evaluations = [], {}
+    keys = []
     for variant, step in steps.items():
-        more = [
-            setting for setting in MORE_GUIDANCE[variant] if results.seeds(variant, step, setting, len(setting.steps))
-        ]
-        for setting in [best(results, variant, step, plain[variant])[2], *more]:
-            key = (variant, step, setting, len(setting.steps))
-            keys.append(key)
-            evaluations[key] = setting.evaluations(len(setting.steps))
+        keys.append(best(results, variant, step, plain[variant]))
+        keys += measured(results, variant, step, MORE_GUIDANCE[variant])
     seeds = {seed for key in keys if key[2] in MORE_GUIDANCE[key[0]] for seed in results.seeds(*key)}
     rows = {key: {seed: row for seed, row in results.seeds(*key).items() if seed in seeds} for key in keys}
+    evaluations = {key: key[2].evaluations(key[3]) for key in keys}
     distances = {key: statistics.mean(row["fd"] for row in found.values()) for key, found in rows.items()}
     lines = []
     for key, found in rows.items():
