@@ -6,7 +6,7 @@ from interleaved import Ratio, compare, seconds
 from workloads import joint_step, make_models
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.flops import PEAK_TFLOPS, training_flops
+from diffusers_dod.training.flops import PEAK_TFLOPS, training_flops
 
 
 MICRO_BATCH, BATCH = 64, 256

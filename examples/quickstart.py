@@ -19,7 +19,7 @@ from digits import load_digits, measure, train_classifier
 from tqdm import tqdm
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.training import count_prior_rows, dod_loss, drop_labels, flow_example
+from diffusers_dod.training.objective import count_prior_rows, dod_loss, drop_labels, flow_example
 from diffusers_dod.viz import stage_grid
 
 

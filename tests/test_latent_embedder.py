@@ -6,7 +6,7 @@ from helpers import tiny_embedder, tiny_transformer
 from plain_models import plain_embedder
 
 from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
-from diffusers_dod.training import dod_loss, flow_example
+from diffusers_dod.training.objective import dod_loss, flow_example
 
 
 def make_latents(batch=2, height=8, width=8, seed=0):

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..image_data import center_crop, load_labelled_images, read_image
+from ..data.images import center_crop, load_labelled_images, read_image
 from .metrics import FeatureStatistics
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from . import METRICS
 from .images import ImageSet
 from .metrics import (
     density_coverage,
@@ -17,7 +18,6 @@ from .metrics import (
 )
 
 
-METRICS = ("fd", "sfd", "is", "kid", "precision_recall", "density_coverage")
 # What papers call them, which only the original network may be called.
 INCEPTION_NAMES = {"fd": "FID", "sfd": "sFID", "is": "Inception Score", "kid": "KID"}
 PLAIN_NAMES = {

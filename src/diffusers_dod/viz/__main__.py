@@ -1,9 +1,9 @@
 """Draws some samples of a pipeline and makes pictures of them.
 
-    python -m diffusers_dod.viz --model outputs/mine --output_dir pictures
+    diffusers-dod viz --model outputs/mine --output_dir pictures
 
 `output_dir` receives `stages.png` (rows: stages, columns: classes), `differences.png` (what each stage changed in the
-sample of the one before; middle gray is no change) and `codes.png` (what the embedder reads off every sample); with
+sample of the one before; middle gray is no change) and `codes.png` (the codes that the embedder extracts from every sample); with
 `--logs outputs/mine/logs` also `curves.png`, which needs tensorboard and matplotlib. The same arguments give the same
 pictures.
 """
@@ -11,55 +11,50 @@ pictures.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..pipeline_dod import DoDPipeline
-from ..randomness import row_generators
-from . import plot_curves, read_scalars, stage_code_maps, stage_differences, stage_grid
+from ..cli import Parser, bad_input, number, run
 
 
 MAX_COLUMNS = 10
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_dod.viz",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="diffusers-dod viz", description=__doc__)
+    add, positive = parser.add_argument, number(int, 1)
     add("--model", required=True, help="folder or repository of the Hub")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=Path, required=True, help="folder of the pictures")
     add("--classes", nargs="+", help=f"ids or names; default: the first {MAX_COLUMNS}")
-    add("--num_stages", type=int, default=3)
-    add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--logs", type=Path, help="the `logs` folder of the training run")
+    add("--num_stages", type=positive, default=3, help="stages to run")
+    add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")
+    add("--guidance_scale", type=number(float, float("-inf")), default=1.0, help="class guidance of every stage")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
+    add("--logs", type=Path, help="the `logs` folder of the training run; default: no curves")
     return parser.parse_args(argv)
 
 
-def choose_classes(pipe: DoDPipeline, names: list[str] | None) -> list[int | None]:
+def choose_classes(pipe: Any, names: list[str] | None) -> list[int | None]:
     """Class ids of ids or names; `None` for a model without classes."""
     num_classes = pipe.transformer.config.num_classes
     if names is None:
         first: list[int | None] = [*range(min(num_classes, MAX_COLUMNS))]
         return first or [None] * MAX_COLUMNS
-    return [
-        *pipe.prepare_class_labels(
-            [name if name in pipe.labels or not name.isdigit() else int(name) for name in names]
-        )
-    ]
+    given = [name if name in pipe.labels or not name.isdigit() else int(name) for name in names]
+    return [*pipe.prepare_class_labels(given)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    pipe = DoDPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+def draw(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..pipeline_dod import DoDPipeline
+    from ..randomness import row_generators
+    from .codes import stage_code_maps
+    from .curves import plot_curves, read_scalars
+    from .grids import stage_differences, stage_grid
 
     # 1. Samples; one generator each, so that a column does not depend on the others
-    try:
+    with bad_input():
+        pipe = DoDPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
         class_ids = choose_classes(pipe, args.classes)
         stages = pipe(
             class_ids,
@@ -70,22 +65,26 @@ def main(argv: list[str] | None = None) -> int:
             output_type="latent",
             return_stages=True,
         ).stages
-    except ValueError as error:
-        print(f"diffusers_dod.viz: error: {error}", file=sys.stderr)
-        return 2
 
     # 2. Pictures
     names = pipe.config.id2label or {}
     labels = ["no class" if i is None else names.get(str(i), f"class {i}") for i in class_ids]
     images = [pipe.decode(latents, "pil") for latents in stages]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    stage_grid(images, labels).save(args.output_dir / "stages.png")
-    stage_grid(stage_code_maps(pipe, stages), labels).save(args.output_dir / "codes.png")
+    pictures = {"stages.png": stage_grid(images, labels), "codes.png": stage_grid(stage_code_maps(pipe, stages), labels)}
     if len(images) > 1:
-        stage_grid(stage_differences(images), labels, first_stage=2).save(args.output_dir / "differences.png")
+        pictures["differences.png"] = stage_grid(stage_differences(images), labels, first_stage=2)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(args.output_dir / name)
+        print(args.output_dir / name)
     if args.logs is not None:
-        plot_curves(read_scalars(args.logs), args.output_dir / "curves.png")
-    return 0
+        with bad_input():
+            plot_curves(read_scalars(args.logs), args.output_dir / "curves.png")
+        print(args.output_dir / "curves.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda arguments: draw(parse_args(arguments)), "diffusers-dod viz", argv)
 
 
 if __name__ == "__main__":

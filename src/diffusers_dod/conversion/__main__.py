@@ -1,0 +1,46 @@
+"""Writes a DoD pipeline folder from a public checkpoint.
+
+    diffusers-dod convert sit SiT-XL-2-256x256.pt outputs/sit --vae stabilityai/sd-vae-ft-ema
+
+Stage 1 of the pipeline is the checkpoint. The latent embedder's output starts at zero, so the later stages are the same
+until it is trained.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..cli import Parser, number, run
+from ..presets import PRESETS
+from . import SOURCES
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="diffusers-dod convert", description=__doc__)
+    add, positive = parser.add_argument, number(int, 1)
+    add("source", choices=SOURCES, help="whose checkpoint it is; REPA's SiT is sit")
+    add("checkpoint", type=Path, help=".pt, .pth, .bin, .ckpt or .safetensors; diffusers-dit: a folder too")
+    add("output", type=Path, help="folder to write, which must not exist or be empty")
+    heads = "default: those of the folder's config, or of the published models of the same width"
+    add("--num_attention_heads", type=positive, help=heads)
+    add("--sample_size", type=positive, help="height and width of the latents; default: the checkpoint's, or 32")
+    add("--in_channels", type=positive, help="channels of the latents; default: 4")
+    add("--embedder_preset", choices=PRESETS, help="size of the latent embedder; default: that of the nearest width")
+    add("--vae", help="autoencoder to include, a folder or a Hub repository; default: none")
+    add("--vae_subfolder", help="where in it")
+    return parser.parse_args(argv)
+
+
+def convert_file(argv: list[str]) -> None:
+    args = parse_args(argv)
+    from .converting import convert
+
+    convert(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(convert_file, "diffusers-dod convert", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demo: a page that draws stage by stage."""

@@ -1,0 +1,37 @@
+"""Opens a page in the browser that draws stage by stage, with the Python that draws the same.
+
+    diffusers-dod demo --model outputs/mine
+
+Gradio's own variables, such as GRADIO_SERVER_PORT, say where it listens. Needs `pip install "diffusers-dod[demo]"`.
+"""
+
+import os
+import sys
+
+from ..cli import BadInput, Parser, bad_input, run
+
+
+def show(argv: list[str]) -> None:
+    parser = Parser(prog="diffusers-dod demo", description=__doc__)
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("DOD_MODEL"),
+        help="folder or repository of the Hub; default: what the environment variable DOD_MODEL names, as in a Space",
+    )
+    args = parser.parse_args(argv)
+    if args.model is None:
+        raise BadInput("no model: pass --model, or set DOD_MODEL to a folder or a repository of the Hub")
+    try:
+        from .page import serve
+    except ImportError as error:
+        raise BadInput(f"the demo needs gradio ({error}): `pip install \"diffusers-dod[demo]\"`") from error
+    with bad_input():
+        serve(args.model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(show, "diffusers-dod demo", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Compares samples with a reference by the metrics that papers report, and writes one JSON.
+
+    diffusers-dod evaluate --samples samples/stage-2.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+        --extractor inception --output outputs/mine/evaluation.json
+
+Samples and reference are folders of images, `.npz` files of ADM's evaluation (whose statistics are used), folders of
+`datasets.save_to_disk` or datasets of the Hub. `--extractor` is `inception` (FID, sFID, Inception Score, KID as papers mean
+them; `--extractor_weights` names torch-fidelity's file where there is no internet), or a vision model of transformers such
+as `facebook/dinov2-large` (FD-DINOv2). Figures of any other network carry its name. `--settings` adds the `sampling.json`
+of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the model card.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .. import __version__
+from ..cli import Parser, bad_input, number, run
+from . import METRICS
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="diffusers-dod evaluate", description=__doc__)
+    add = parser.add_argument
+    add("--samples", required=True, help="what to evaluate")
+    add("--reference", required=True, help="what to compare it with")
+    add("--extractor", default="inception", help="inception, or a vision model of transformers")
+    add("--extractor_weights", help="file of torch-fidelity's Inception weights")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="which to compute")
+    add("--resolution", type=number(int, 1), help="side to which images are cropped as ADM does; default: as they are")
+    add("--settings", help="sampling.json of the samples")
+    add("--stage", type=number(int, 1), help="stage of the samples, for the report")
+    add("--batch_size", type=number(int, 1), default=64, help="images per forward of the extractor")
+    add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of subsets and splits")
+    add("--output", help="JSON to write; printed in any case")
+    return parser.parse_args(argv)
+
+
+def report(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..files import write_json
+    from .extractors import InceptionExtractor, TransformersExtractor
+    from .images import ImageSet
+    from .report import evaluate, extract_features
+
+    with bad_input(ValueError, OSError, ImportError):
+        # 1. Images and network
+        settings = json.loads(Path(args.settings).read_text(encoding="utf-8")) if args.settings else {}
+        samples, reference = (ImageSet(source, args.resolution) for source in (args.samples, args.reference))
+        if args.extractor == "inception":
+            extractor: torch.nn.Module = InceptionExtractor(args.extractor_weights)
+        else:
+            extractor = TransformersExtractor(args.extractor)
+        extractor.to("cuda" if torch.cuda.is_available() else "cpu")
+
+        # 2. Features and metrics
+        features = extract_features(samples, extractor, args.batch_size, args.num_workers, tqdm)
+        reference_features = extract_features(reference, extractor, args.batch_size, args.num_workers, tqdm)
+        label = str(extractor.label)
+        results = evaluate(features, reference, reference_features, label, tuple(args.metrics), args.seed)
+
+    # 3. The report
+    versions = {**settings.pop("versions", {}), "diffusers-dod": __version__}
+    record = {
+        "reference": Path(args.reference).name if Path(args.reference).exists() else args.reference,
+        "num_samples": len(samples),
+        "num_reference": len(reference),
+        "extractor": label,
+        **{key: value for key, value in settings.items() if key != "model"},
+        "evaluation_seed": args.seed,
+        "versions": versions,
+        "results": [{**result, **({"stage": args.stage} if args.stage else {})} for result in results],
+    }
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+    if args.output:
+        write_json(args.output, record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda arguments: report(parse_args(arguments)), "diffusers-dod evaluate", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

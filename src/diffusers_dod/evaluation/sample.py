@@ -1,0 +1,72 @@
+"""Draws many images with a DoD pipeline, as evaluations need them, on any number of processes.
+
+    diffusers-dod sample --model outputs/mine --num_images 50000 --output_dir samples --npz
+    accelerate launch --num_processes 8 -m diffusers_dod sample --model outputs/mine --output_dir samples --npz
+
+Every image follows from the seed and its own number, so neither the batch size nor the number of processes matters. To
+resume an interrupted run, repeat the same command: finished images are not drawn again. `output_dir` receives
+`stage-2/000000.png` and so on (`--stages all` keeps every stage), `sampling.json` with the settings, and with `--npz`
+one `stage-2.npz` per stage as ADM's evaluator reads it: `arr_0` of (samples, height, width, channels) in uint8, `arr_1` the
+classes.
+"""
+
+import argparse
+import sys
+
+from ..cli import BadInput, Parser, number, run
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="diffusers-dod sample", description=__doc__)
+    positive, real = number(int, 1), number(float, float("-inf"))
+    add = parser.add_argument
+    add("--model", required=True, help="folder or repository of the Hub")
+    add("--revision", help="branch, tag or commit of the repository")
+    add("--num_images", type=positive, default=50000, help="images to draw")
+    add("--output_dir", required=True, help="folder of the images")
+    add("--classes", choices=("balanced", "random"), default="balanced", help="equally many of each, or at random")
+    add("--batch_size", type=positive, default=64, help="images per process at a time")
+    add("--num_stages", type=positive, default=2, help="stages to run")
+    add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
+    add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
+    add("--guidance_scale", type=real, nargs="+", default=[1.0], help="one value, or one per stage")
+    add("--prior_guidance_scale", type=real, nargs="+", help="a scale of its own for the prior; default: none")
+    interval = "part of the steps that is guided, from noise (0) to sample (1)"
+    add("--guidance_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], help=interval)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")
+    add("--torch_dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the models")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the transformer's blocks")
+    add("--npz", action=argparse.BooleanOptionalAction, default=False, help="write ADM's .npz at the end")
+    args = parser.parse_args(argv)
+    for name in ("num_inference_steps", "guidance_scale", "prior_guidance_scale"):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, args.num_stages):
+            raise BadInput(f"--{name} takes one value, or one for each of the {args.num_stages} stages")
+    args.stages = kept_stages(args.stages, args.num_stages)
+    return args
+
+
+def kept_stages(text: str, num_stages: int) -> list[int]:
+    named = {"last": [num_stages], "all": list(range(1, num_stages + 1))}
+    try:
+        stages = named[text] if text in named else sorted({int(stage) for stage in text.split(",")})
+    except ValueError as error:
+        raise BadInput(f"--stages {text} is neither last, all nor numbers") from error
+    if not all(1 <= stage <= num_stages for stage in stages):
+        raise BadInput(f"--stages must be from 1 to {num_stages}")
+    return stages
+
+
+def draw(argv: list[str]) -> None:
+    args = parse_args(argv)
+    from .sampling import sample
+
+    sample(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(draw, "diffusers-dod sample", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Checks a saved pipeline, or pushes it to the Hub in one commit.
+
+    diffusers-dod hub check outputs/mine --license apache-2.0
+    diffusers-dod hub push outputs/mine user/my-model --license apache-2.0 --private
+
+`check` lists what is missing or wrong and uploads nothing. A push that was cut off leaves the repository as it was; the
+next one uploads only the large files that did not arrive.
+"""
+
+import argparse
+import sys
+
+from ..cli import BadInput, CommandError, Parser, first_line, run
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="diffusers-dod hub", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="list what is missing or wrong, upload nothing")
+    push = commands.add_parser("push", help="check, then upload in one commit")
+    for command in (check, push):
+        command.add_argument("folder", help="what `save_pretrained`, `train` or `save_lora_weights` wrote")
+        command.add_argument("--license", help="identifier of the Hub, such as apache-2.0; default: the card's")
+    add = push.add_argument
+    add("repo_id", help="user/name")
+    add("--dataset", action="append", dest="datasets", help="dataset of the Hub it was trained on; may be repeated")
+    add("--base_model", help="repository that it was converted or adapted from")
+    add("--private", action="store_true", default=None, help="make a new repository private")
+    add("--revision", help="branch, made if need be; default: main")
+    add("--create_pr", action="store_true", help="open a pull request")
+    add("--variant", choices=("fp16", "bf16"), help="upload half-precision weights as well")
+    add("--no-code", action="store_false", dest="include_code", help="leave out the code that diffusers alone needs")
+    add("--dry_run", action="store_true", help="print what would be uploaded")
+    return parser.parse_args(argv)
+
+
+def check_or_push(argv: list[str]) -> int:
+    arguments = vars(parse_args(argv))
+    from .push import check_folder, push_folder
+
+    if arguments.pop("command") == "check":
+        problems = check_folder(**arguments)
+        print("\n".join(problems) if problems else f"{arguments['folder']} can be pushed.")
+        return int(bool(problems))
+    try:
+        address = push_folder(**arguments)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, RuntimeError) as error:  # huggingface_hub's: of the server, and of a large file on its way
+        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise BadInput(f"{first_line(error)}{cause}. To resume, repeat the command: nothing is sent twice") from error
+    if address is not None:
+        print(address)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(check_or_push, "diffusers-dod hub", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Commands that run in several processes."""
+
+import time
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+
+def end_together(accelerator: Accelerator) -> None:
+    """Waits for all processes and ends their group; the last call of a command.
+
+    With gloo a process can wait for itself for ever (seen with PyTorch 2.13): the group's end joins gloo's threads while it
+    holds the interpreter's lock, which such a thread still needs to let go of the last collective's tensors. Sleeping
+    hands the lock over.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.barrier()
+        time.sleep(0.1)
+    accelerator.end_training()

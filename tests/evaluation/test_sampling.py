@@ -1,0 +1,180 @@
+"""`sample_dod.py` and `evaluate_dod.py`: many images that depend on nothing but the seed and their number."""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import process_context, tiny_embedder, tiny_pipeline, tiny_transformer
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+from diffusers_dod.evaluation import ImageSet
+from diffusers_dod.hub import check_folder
+from diffusers_dod.hub.card import build_card
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import evaluate_dod  # noqa: E402
+import sample_dod  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipe = tiny_pipeline(
+        transformer=tiny_transformer(in_channels=3, num_classes=5), latent_embedder=tiny_embedder(in_channels=3)
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sample(model, folder, *arguments, threads=1):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    options = ["--num_inference_steps", "3", "--num_images", "40", "--stages", "all", *map(str, arguments)]
+    status = sample_dod.main(["--model", str(model), "--output_dir", str(folder), *options])
+    torch.set_num_threads(before)
+    return status
+
+
+def run_script(arguments, log, environment):
+    """In a process of its own."""
+    os.environ.update(environment)
+    sys.stderr = open(log, "w", buffering=1)
+    torch.set_num_threads(1)
+    sample_dod.main(arguments)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("stage-2/*.png"))}
+
+
+@pytest.fixture(scope="module")
+def drawn(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    assert sample(model, folder, "--batch_size", 7, "--npz") == 0
+    return folder
+
+
+def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
+    assert sample(model, tmp_path / "large", "--batch_size", 64) == 0
+    assert contents(tmp_path / "large") == contents(drawn) and len(contents(drawn)) == 40
+
+    # Two processes, killed on the way; one finishes what they left.
+    command = ["--model", model, "--output_dir", tmp_path / "killed", "--stages", "all"]
+    command = [*map(str, command), *"--batch_size 3 --num_inference_steps 3 --num_images 40".split()]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        log = str(tmp_path / f"errors-{rank}")
+        processes.append(process_context().Process(target=run_script, args=(command, log, shared | own)))
+        processes[-1].start()
+    shares = set()
+    while shares != {0, 1} and all(process.is_alive() for process in processes):
+        time.sleep(0.01)
+        shares = {int(Path(name).stem) % 2 for name in contents(tmp_path / "killed")}
+    for process in processes:
+        process.kill()
+        process.join()
+    errors = (tmp_path / "errors-0").read_text()
+    assert shares == {0, 1} and "/20 [" in errors, errors  # each draws half
+    assert sample(model, tmp_path / "killed", "--batch_size", 9) == 0
+    assert contents(tmp_path / "killed") == contents(drawn)
+    assert not list((tmp_path / "killed").rglob("tmp-*"))
+
+
+def test_what_a_kill_left_of_an_image_is_no_image(model, tmp_path):
+    assert sample(model, tmp_path, "--num_images", 2) == 0
+    leftover = tmp_path / "stage-2" / "tmp-1-000002.png.part"
+    leftover.write_bytes(b"half of a PNG")
+    assert len(ImageSet(str(tmp_path / "stage-2"))) == 2
+    assert sample(model, tmp_path, "--num_images", 3) == 0
+    assert not leftover.exists()
+
+
+def test_npz_holds_the_pictures_and_their_classes(drawn):
+    arrays = np.load(drawn / "stage-2.npz")
+    assert arrays["arr_0"].shape == (40, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
+    for index in (0, 17, 39):
+        picture = np.asarray(PIL.Image.open(drawn / "stage-2" / f"{index:06d}.png"))
+        assert np.array_equal(arrays["arr_0"][index], picture)
+    assert arrays["arr_1"].tolist() == [index % 5 for index in range(40)]  # 8 of each
+    assert not np.array_equal(arrays["arr_0"], np.load(drawn / "stage-1.npz")["arr_0"])
+
+
+def test_what_lies_there_is_not_drawn_again(model, drawn, tmp_path):
+    assert sample(model, tmp_path, "--num_images", 6) == 0
+    kept = tmp_path / "stage-2" / "000003.png"
+    kept.write_bytes(b"mine")
+    assert sample(model, tmp_path, "--num_images", 8) == 0
+    assert kept.read_bytes() == b"mine" and len(contents(tmp_path)) == 8
+    (tmp_path / "stage-1" / "000003.png").unlink()
+    assert sample(model, tmp_path, "--num_images", 8) == 0
+    assert kept.read_bytes() == contents(drawn)["000003.png"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(model, drawn, capsys):
+    before = contents(drawn)
+    assert sample(model, drawn, "--guidance_scale", "2") == 2
+    assert "holds images of another guidance_scale ([1.0])" in capsys.readouterr().err
+    assert contents(drawn) == before
+
+
+def test_random_classes_follow_from_the_seed():
+    args = sample_dod.parse_args(["--model", "x", "--output_dir", "y", "--classes", "random"])
+    classes = [sample_dod.class_of(index, 10, args) for index in range(2000)]
+    assert classes == [sample_dod.class_of(index, 10, args) for index in range(2000)]
+    assert min(np.bincount(classes)) > 150 and classes[:10] != list(range(10))
+    assert sample_dod.class_of(3, 0, args) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stages", "3"], "must be from 1 to 2"),
+        (["--stages", "first"], "neither last, all nor numbers"),
+        (["--guidance_scale", "1", "2", "3"], "one for each of the 2 stages"),
+        (["--batch_size", "0"], "must be at least 1"),
+    ],
+)
+def test_settings_that_mean_nothing(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        sample_dod.parse_args(["--model", "x", "--output_dir", "y", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "tiny-dino")
+    ViTImageProcessor(size={"height": 14, "width": 14}).save_pretrained(tmp_path / "tiny-dino")
+    output = model / "evaluation.json"
+    arguments = ["--samples", drawn / "stage-2", "--reference", drawn / "stage-1.npz", "--stage", 2]
+    arguments += ["--extractor", tmp_path / "tiny-dino", "--settings", drawn / "sampling.json", "--output", output]
+    assert evaluate_dod.main([*map(str, arguments)]) == 0
+    report = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out) == report
+    assert (report["num_samples"], report["reference"], report["extractor"]) == (40, "stage-1.npz", "tiny-dino")
+    assert report["num_inference_steps"] == [3] and report["seed"] == 0 and "torch" in report["versions"]
+    assert {result["metric"] for result in report["results"]} >= {"fd", "kid", "precision", "coverage"}
+    card = build_card(model, "user/model", "mit")
+    assert "Fréchet distance (tiny-dino)" in card and "| 2 |" in card
+    assert str(tmp_path) not in card
+    assert check_folder(model, "mit") == []
+
+
+def test_evaluation_that_cannot_be_is_one_line(drawn, tmp_path, capsys):
+    arguments = ["--samples", str(drawn / "stage-2"), "--reference", str(tmp_path), "--extractor", "x"]
+    assert evaluate_dod.main(arguments) == 2
+    assert capsys.readouterr().err == f"evaluate_dod.py: error: {tmp_path} holds no images.\n"

@@ -1,0 +1,213 @@
+"""What `check` says before an upload, and what the card says; nothing here needs a Hub."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from helpers import tiny_pipeline, tiny_transformer, tiny_vae
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from diffusers_dod import DoDPipeline
+from diffusers_dod.hub import check_folder, collect_upload, find_stage_grid, main, push_folder
+from diffusers_dod.hub.card import build_card
+from diffusers_dod.repository import standalone_source
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def edit_json(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def edit_weights(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def nan_in_weights(folder):
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors["proj_out.weight"].view(-1)[3].fill_(float("nan")))
+
+
+def missing_tensor(folder):
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors.pop("proj_out.weight"))
+
+
+def other_shape(folder):
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}))
+
+
+def truncated(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def no_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def variant_of_another_model(folder):
+    file = folder / WEIGHTS.replace(".safetensors", ".fp16.safetensors")
+    save_file({"proj_out.weight": torch.zeros(2, 2)}, file)
+
+
+def embedder_of_another_width(folder):
+    edit_json(folder / "transformer/config.json", num_attention_heads=4)
+
+
+def scheduler_of_another_prediction(folder):
+    edit_json(folder / "transformer/config.json", prediction_type="flow")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    edit_json(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+
+
+def no_scheduler_folder(folder):
+    (folder / "scheduler/scheduler_config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "vae/config.json").write_text("{")
+
+
+def foreign_module(folder):
+    edit_json(folder / "model_index.json", vae=["elsewhere", "AutoencoderKL"])
+
+
+def unknown_class(folder):
+    edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderOfNobody"])
+
+
+def another_pipeline(folder):
+    edit_json(folder / "model_index.json", _class_name="DiTPipeline")
+
+
+def pickled_file(folder):
+    torch.save({}, folder / "vae/diffusion_pytorch_model.bin")
+
+
+def no_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def broken_card(folder):
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (nan_in_weights, "proj_out.weight holds NaN"),
+        (missing_tensor, "not those of its config.json, for instance proj_out.weight"),
+        (other_shape, "not those of its config.json, for instance proj_out.bias"),
+        (truncated, f"{WEIGHTS}: cannot be read"),
+        (no_weights, "transformer: no safetensors weights"),
+        (variant_of_another_model, "model.fp16.safetensors: the weights are not those"),
+        (embedder_of_another_width, "configs: The latent embedder's `output_dim`"),
+        (scheduler_of_another_prediction, "configs: The transformer predicts 'flow' but DDIMScheduler"),
+        (no_scheduler_folder, "scheduler: Error no file named scheduler_config.json"),
+        (broken_config, "vae: It looks like the config file"),
+        (foreign_module, "takes its `vae` from the module 'elsewhere'"),
+        (unknown_class, "AutoencoderOfNobody"),
+        (another_pipeline, "holds a DiTPipeline, not a DoDPipeline"),
+        (pickled_file, "vae/diffusion_pytorch_model.bin: a pickled file can run code"),
+        (no_index, "No such file"),
+        (broken_card, "README.md: its head is not valid YAML"),
+    ],
+)
+def test_damage_is_named_and_stops_the_push(damage, message, folder, capsys):
+    assert check_folder(folder, "mit") == []
+    damage(folder)
+    problems = check_folder(folder, "mit")
+    assert any(message in problem for problem in problems), problems
+    assert all("\n" not in problem for problem in problems)
+    assert main(["check", str(folder), "--license", "mit"]) == 1
+    assert message in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was not pushed"):
+        push_folder(folder, "user/never", license="mit")
+
+
+def test_licence_comes_from_the_argument_or_the_card(folder):
+    (problem,) = check_folder(folder)
+    assert problem.startswith("no licence: pass `--license`")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nMine.\n")
+    assert check_folder(folder) == []
+    # The user's own card goes up as it is.
+    assert collect_upload(folder, "x")["README.md"] == b"x"
+
+
+def test_card_says_what_the_folder_holds_and_nothing_else(folder):
+    card = ModelCard(build_card(folder, "user/model", "mit"))
+    assert card.data.eval_results is None and card.data.datasets is None and "base_model" not in card.data.to_dict()
+    assert "No evaluation is" in card.text.replace("\n", " ")
+    assert "## Training" not in card.text and "stages.png" not in card.text
+    (folder / "training_config.json").write_text(json.dumps({"dataset_name": "mnist", "ema_decay": 0.9}))
+    card = ModelCard(build_card(folder, "user/model", "mit", base_model="facebook/DiT-XL-2-256", has_picture=True))
+    assert card.data.datasets == ["mnist"] and card.data.base_model == "facebook/DiT-XL-2-256"
+    assert "| ema_decay | 0.9 |" in card.text and "](stages.png)" in card.text
+
+
+def test_newest_sample_grid_is_the_picture(folder):
+    assert find_stage_grid(folder) is None
+    (folder / "samples").mkdir()
+    for name in ("step-2000.png", "step-900.png"):
+        (folder / "samples" / name).write_bytes(b"")
+    os.utime(folder / "samples/step-900.png", (1, 1))
+    assert find_stage_grid(folder) == folder / "samples/step-2000.png"
+    assert collect_upload(folder, "card")["stages.png"] == folder / "samples/step-2000.png"
+    assert not any(path.startswith("samples") for path in collect_upload(folder, "card"))
+
+
+def test_carried_code_is_the_packages_own():
+    """Every line of the modules is carried but for the imports among them, and nothing else is."""
+    package = Path(DoDPipeline.save_pretrained.__code__.co_filename).parent
+    for root, parts in {
+        "pipeline_dod": ["autoencoding", "repository"],
+        "transformer_dod": ["layers"],
+        "latent_embedder_dod": ["layers"],
+    }.items():
+        carried = standalone_source(package / f"{root}.py")
+        compile(carried, root, "exec")
+        assert "from ." not in carried
+        for part in parts:
+            assert (package / f"{part}.py").read_text() in carried
+            carried = carried.replace((package / f"{part}.py").read_text(), "")
+        own = (package / f"{root}.py").read_text().splitlines()
+        assert set(carried.splitlines()) <= set(own)
+        assert len(own) - len(carried.splitlines()) < 20  # the imports' lines
+
+
+def test_subclass_is_saved_without_code(tmp_path):
+    """Its module may be the user's whole script."""
+
+    class MyPipeline(DoDPipeline):
+        pass
+
+    pipe = tiny_pipeline()
+    MyPipeline(**pipe.components).save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.py"))
+    assert type(MyPipeline.from_pretrained(tmp_path)) is MyPipeline
+    with pytest.raises(ValueError, match="holds a MyPipeline, not a DoDPipeline"):
+        DoDPipeline.from_pretrained(tmp_path)
+
+
+def test_compiled_pipeline_carries_its_code(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "transformer_dod"
+    DoDPipeline.from_pretrained(tmp_path)
+
+
+def test_no_classes_in_the_snippet_of_an_unconditional_model(tmp_path):
+    tiny_pipeline(transformer=tiny_transformer(num_classes=0)).save_pretrained(tmp_path)
+    assert "pipe(None, num_stages=2)" in build_card(tmp_path, "user/model", "mit")
