@@ -45,7 +45,7 @@ def bad_input(*errors: type[Exception], what: str = "") -> Iterator[None]:
         yield
     except CommandError:
         raise
-    except errors or (ValueError, OSError) as error:
+    except errors or (ValueError, OSError) as error:  # noqa: B030 - a tuple either way
         raise BadInput(f"{what}{': ' if what else ''}{first_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .layers import DoDViTBlock, initialize_linear_xavier, patchify, rotary_embedding_2d
+from .layers import DoDRotaryEmbedding, DoDViTBlock, initialize_linear_xavier, patchify
 
 
 @dataclass
@@ -74,13 +74,10 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         rope_theta: float = 10000.0,
     ):
         super().__init__()
-        if attention_head_dim % 4:
-            raise ValueError(
-                f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
-            )
         dim = num_attention_heads * attention_head_dim
         self.output_patch_size = patch_size if output_patch_size is None else output_patch_size
 
+        self.rope = DoDRotaryEmbedding(attention_head_dim, rope_theta)
         self.patch_embed = nn.Linear(in_channels * patch_size**2, dim)
         self.encoder_blocks = nn.ModuleList(
             DoDViTBlock(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_encoder_layers)
@@ -125,11 +122,10 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             )
         grid = (height // patch_size, width // patch_size)
         output_grid = (height // output_patch_size, width // output_patch_size)
-        head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
 
         # 1. Encoder, on the embedder's own grid
         hidden_states = self.patch_embed(patchify(latents, patch_size))
-        rotary_emb = rotary_embedding_2d(*grid, head_dim, theta, latents.device)
+        rotary_emb = self.rope(*grid, latents.device)
         for block in self.encoder_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
@@ -145,7 +141,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             output_codes = output_codes.transpose(1, 2).unflatten(2, grid)
             output_codes = F.interpolate(output_codes, size=output_grid, mode="bilinear", align_corners=False)
             output_codes = output_codes.flatten(2).transpose(1, 2)
-            rotary_emb = rotary_embedding_2d(*output_grid, head_dim, theta, latents.device)
+            rotary_emb = self.rope(*output_grid, latents.device)
 
         # 3. Decoder, to tokens of the transformer's width
         hidden_states = self.from_codes(output_codes)

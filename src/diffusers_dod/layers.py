@@ -5,10 +5,6 @@ LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-ran
 2022, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are there too, for models that start from their weights.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -24,7 +20,7 @@ NORM_EPS = 1e-6
 
 
 def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cuts latents into non-overlapping patches, one row a patch.
+    """Cuts latents into non-overlapping patches, one row per patch.
 
     Args:
         latents (`torch.Tensor`): shape `(batch, channels, height, width)`.
@@ -63,50 +59,42 @@ def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
-def keep_tables(make: Callable) -> Callable:
-    """Lets a function that makes position tables make each of them once, for the last 32 sets of arguments.
-
-    Nothing is kept of what is traced (`torch.compile`, `torch.export`, fake tensors): there the tables are operations of
-    the graph. Inference tensors, which autograd refuses, are kept apart from others.
-    """
-
-    @functools.lru_cache(maxsize=32)
-    def kept(is_inference: bool, *arguments: Any) -> Any:
-        return make(*arguments)
-
-    @functools.wraps(make)
-    def wrapper(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
-            return make(*arguments)
-        return kept(torch.is_inference_mode_enabled(), *arguments)
-
-    return wrapper
-
-
-@keep_tables
-def rotary_embedding_2d(
-    rows: int, columns: int, attention_head_dim: int, theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables of a grid: the first half of a head's channels turns with the row, the second with the column.
+class DoDRotaryEmbedding(nn.Module):
+    """2D rotary positions: the first half of a head's channels turns with the row, the second with the column.
 
     Args:
-        rows (`int`), columns (`int`): the grid of tokens.
         attention_head_dim (`int`): channels of a head, a multiple of 4.
         theta (`float`): base of the frequencies.
-        device (`torch.device`): where the tables are made.
 
-    Returns:
-        cosine and sine, each `(rows * columns, attention_head_dim)` in float32, channels in interleaved pairs as
-        `diffusers.models.embeddings.apply_rotary_emb` takes them.
+    Raises:
+        ValueError: if the channels cannot be halved twice.
     """
-    row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
-    row_cos, row_sin = get_1d_rotary_pos_embed(attention_head_dim // 2, row, theta, use_real=True)
-    column_cos, column_sin = get_1d_rotary_pos_embed(attention_head_dim // 2, column, theta, use_real=True)
-    return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+
+    def __init__(self, attention_head_dim: int, theta: float):
+        super().__init__()
+        if attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
+            )
+        self.attention_head_dim, self.theta = attention_head_dim, theta
+
+    def forward(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of a grid of tokens.
+
+        Returns:
+            cosine and sine, each `(rows * columns, attention_head_dim)` in float32, channels in interleaved pairs as
+            `diffusers.models.embeddings.apply_rotary_emb` takes them.
+        """
+        row = torch.arange(rows, device=device).repeat_interleave(columns)
+        column = torch.arange(columns, device=device).repeat(rows)
+        tables = [
+            get_1d_rotary_pos_embed(self.attention_head_dim // 2, positions, self.theta, use_real=True)
+            for positions in (row, column)
+        ]
+        cos, sin = (torch.cat(halves, dim=-1) for halves in zip(*tables))
+        return cos, sin
 
 
-@keep_tables
 def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, device: torch.device) -> torch.Tensor:
     """Fixed sine-cosine positions of a grid: the first half of the channels encodes the column, the second the row.
 
@@ -126,26 +114,6 @@ def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, devic
     row_embedding = get_1d_sincos_pos_embed_from_grid(dim // 2, row, **options).repeat_interleave(columns, dim=0)
     column_embedding = get_1d_sincos_pos_embed_from_grid(dim // 2, column, **options).repeat(rows, 1)
     return torch.cat([column_embedding, row_embedding], dim=-1)
-
-
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns queries and keys, both `(batch, tokens, heads, channels)`, by the tables of [`rotary_embedding_2d`].
-
-    This is diffusers' `apply_rotary_emb` up to the last bit. One product of complex numbers takes the place of its five
-    operations, but under `torch.compile`, which fuses those and has no code for complex numbers.
-    """
-    if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
-        return tuple(apply_rotary_emb(x, rotary_emb, sequence_dim=1) for x in (query, key))
-    cos, sin = rotary_emb
-    rotations = torch.complex(cos[:, ::2], sin[:, ::2]).unsqueeze(1)
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
-
-    return turn(query), turn(key)
 
 
 def initialize_linear_xavier(module: nn.Module) -> None:
@@ -181,7 +149,8 @@ class DoDAttnProcessor:
 
         query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
-            query, key = rotate(query, key, rotary_emb)
+            query = apply_rotary_emb(query, rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, rotary_emb, sequence_dim=1)
         query, key = query.to(value.dtype), key.to(value.dtype)
 
         hidden_states = dispatch_attention_fn(
@@ -280,7 +249,7 @@ class DoDTransformerBlock(nn.Module):
             modulation (`torch.Tensor`, *optional*):
                 the shared modulation, `(batch, 6 * width)`; `None` for a block with a full projection of its own.
             rotary_emb (`tuple` of `torch.Tensor`, *optional*):
-                tables of [`rotary_embedding_2d`]; `None` where the tokens carry their positions.
+                tables of [`DoDRotaryEmbedding`]; `None` where the tokens carry their positions.
         """
         if modulation is None:
             modulation = self.adaln(conditioning)

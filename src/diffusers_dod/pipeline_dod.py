@@ -1,36 +1,26 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
 import difflib
-import importlib.util
 import inspect
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .autoencoding import decode_latents, encode_images, vae_latent_channels, vae_spatial_factor
-from .repository import (
-    INDEX_NAME,
-    carried_code,
-    check_weights,
-    download_snapshot,
-    index_with_code,
-    resolve_index,
-)
+from .autoencoding import decode_latents, encode_images, vae_spatial_factor
+from .compatibility import check_components, check_scheduler, keeps_variance
+from .repository import DoDRepositoryMixin
 
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
@@ -49,7 +39,7 @@ class DoDPipelineOutput(BaseOutput):
 
 
 # The Sana mixin is the plainest of diffusers' LoRA loaders: a transformer's adapters and nothing model-specific.
-class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
 
     Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
@@ -96,7 +86,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         if transformer is None or latent_embedder is None:
             return
-        self._check_components(transformer.config, latent_embedder.config, vae)
+        check_components(transformer.config, latent_embedder.config, vae)
         channels = transformer.config.in_channels
         self.spatial_factor = vae_spatial_factor(vae)
         self.image_processor = VaeImageProcessor(
@@ -106,87 +96,6 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             do_convert_grayscale=vae is None and channels == 1,
         )
 
-    @staticmethod
-    def _check_components(transformer_config: Any, embedder_config: Any, vae: ModelMixin | None) -> None:
-        width = transformer_config.num_attention_heads * transformer_config.attention_head_dim
-        output_patch_size = embedder_config.output_patch_size or embedder_config.patch_size
-        for what, embedder_value, transformer_value in (
-            ("`output_dim`", embedder_config.output_dim, width),
-            ("`in_channels`", embedder_config.in_channels, transformer_config.in_channels),
-            ("`output_patch_size`", output_patch_size, transformer_config.patch_size),
-        ):
-            if embedder_value != transformer_value:
-                raise ValueError(
-                    f"The latent embedder's {what} is {embedder_value} but the transformer needs {transformer_value}: "
-                    "load the embedder that was trained with this transformer."
-                )
-        if vae is not None and vae_latent_channels(vae) != transformer_config.in_channels:
-            raise ValueError(
-                f"The VAE's latents have {vae_latent_channels(vae)} channels but the transformer takes "
-                f"{transformer_config.in_channels}: load the VAE that the transformer was trained on."
-            )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DoDPipeline":
-        """Loads a pipeline from a folder or from the Hub; code that it carries is neither needed nor run.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
-            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `torch_dtype`, `variant`, `revision`, `token`, ...
-
-        Raises:
-            ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
-        """
-        source = str(pretrained_model_name_or_path)
-        kwargs.pop("trust_remote_code", None)
-        folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
-        if kwargs.setdefault("use_safetensors", True):
-            check_weights(folder, set(kwargs), source)
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=source)
-        return pipeline
-
-    # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
-    # package that does not; overriding it and `load_config` changes nothing outside this class.
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Downloads what `from_pretrained` reads of a repository, without its code; returns the folder."""
-        options = {
-            name: kwargs[name]
-            for name in ("variant", "revision", "cache_dir", "token", "force_download", "local_files_only")
-            if kwargs.get(name) is not None
-        }
-        return download_snapshot(pretrained_model_name, passed_components=set(kwargs), **options)
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict[str, Any] | tuple:
-        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
-        config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
-        classes = [base.__name__ for base in cls.__mro__]
-        config = resolve_index(config, classes, __name__.rpartition(".")[0], str(pretrained_model_name_or_path))
-        return (config, *rest) if rest else config
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the pipeline and its code, so that it also loads with diffusers alone and `trust_remote_code=True`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): a folder, made if need be.
-            push_to_hub (`bool`, defaults to `False`): whether to push as well, see [`push_to_hub`].
-            kwargs: `variant`, `max_shard_size`, ... of [`DiffusionPipeline.save_pretrained`], or of the push.
-        """
-        weights = kwargs
-        if push_to_hub:
-            weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
-        super().save_pretrained(save_directory, **weights)
-        if type(self) is DoDPipeline:  # the code of a subclass may be anything, such as the user's whole script
-            for path, text in carried_code(__file__).items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
-            index_file = Path(save_directory, INDEX_NAME)
-            index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
-            index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
 
@@ -194,9 +103,11 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             repo_id (`str`): repository, made if need be.
             kwargs: arguments of [`diffusers_dod.hub.push_folder`], such as `license`, `private`, `variant`, `token`.
         """
-        if importlib.util.find_spec("diffusers_dod") is None:  # this file is a repository's code: no card then
+        try:
+            from diffusers_dod.hub.push import push_pipeline
+        except ImportError:  # this is a repository's own code, and the package is not installed: no card then
             return super().push_to_hub(repo_id, **kwargs)
-        return importlib.import_module("diffusers_dod.hub").push_pipeline(self, repo_id, **kwargs)
+        return str(push_pipeline(self, repo_id, **kwargs))
 
     # Properties that a callback may read; it changes guidance by setting `_guidance_scale` and
     # `_prior_guidance_scale`, and stops by setting `_interrupt`.
@@ -362,48 +273,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError(f"`latents` is {given}; for these arguments it must be a tensor of {shape}.")
             if not torch.isfinite(latents).all():
                 raise ValueError("`latents` holds NaN or infinite values.")
-        self._check_scheduler()
-
-    def _check_scheduler(self) -> None:
-        # A config made by `from_config` also carries the entries of the scheduler that it was made of, so the class
-        # itself says which of them it reads.
-        name, parameters = type(self.scheduler).__name__, inspect.signature(type(self.scheduler)).parameters
-        config = {key: value for key, value in self.scheduler.config.items() if key in parameters}
-
-        # The flow-matching schedulers have no such entry; the others say "flow_prediction" and need flow sigmas.
-        prediction_type = config.get("prediction_type", "flow_prediction")
-        scheduler_type = prediction_type.replace("flow_prediction", "flow")
-        flow_sigmas = config.get("use_flow_sigmas", "prediction_type" not in config)
-        if flow_sigmas != (scheduler_type == "flow"):
-            raise ValueError(
-                f"{name} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={prediction_type!r}`, which "
-                "contradict each other: use a scheduler with `use_flow_sigmas=True, prediction_type='flow_prediction'` "
-                "for a flow model and with neither for another."
-            )
-        model_type = self.transformer.config.prediction_type
-        if model_type not in (None, scheduler_type):
-            raise ValueError(
-                f"The transformer predicts {model_type!r} but {name} reads {scheduler_type!r}: use a scheduler made for "
-                f"{model_type!r}, such as "
-                + (
-                    "FlowMatchEulerDiscreteScheduler."
-                    if model_type == "flow"
-                    else f"DDIMScheduler(prediction_type={model_type!r})."
-                )
-            )
-
-        if config.get("variance_type") not in ("learned", "learned_range"):
-            return
-        if not isinstance(self.scheduler, DDPMScheduler):
-            raise ValueError(
-                f"{name} cannot read a learned variance: make it with `variance_type=None`, or use DDPMScheduler."
-            )
-        in_channels, out_channels = self.transformer.config.in_channels, self.transformer.config.out_channels
-        if out_channels != 2 * in_channels:
-            raise ValueError(
-                f"{name} has `variance_type={config['variance_type']!r}` but the transformer predicts no variance (its "
-                f"`out_channels` is not {2 * in_channels}): make the scheduler with `variance_type='fixed_small'`."
-            )
+        check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
 
     @staticmethod
     def _is_count(value: Any, least: int = 1) -> bool:
@@ -551,12 +421,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
         channels = latents.shape[1]
-        keeps_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
-            "learned",
-            "learned_range",
-        )
-        # Of guided steps and of the others, until a callback changes what they depend on
-        conditions: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        has_variance = keeps_variance(type(self.scheduler), self.scheduler.config)
         parts: int | None = None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -564,13 +429,9 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             for i, timestep in enumerate(timesteps):
                 self._current_timestep = timestep
                 is_guided = start <= i < stop and self._is_guided(prior_tokens, guidance_drop)
-                if is_guided not in conditions:
-                    conditions[is_guided] = (
-                        self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
-                        if is_guided
-                        else (class_ids, prior_tokens)
-                    )
-                ids, tokens = conditions[is_guided]
+                ids, tokens = class_ids, prior_tokens
+                if is_guided:
+                    ids, tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
                 last_parts, parts = parts, len(ids) // len(class_ids)
                 if last_parts not in (None, parts) and self.transformer.is_cache_enabled:
                     # What a cache holds has the rows of the last step, which are not this step's.
@@ -591,7 +452,7 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 prediction, variance = output[:, :channels], output[: len(class_ids), channels:]
                 if parts > 1:
                     prediction = self.combine_guidance(prediction.chunk(parts))
-                if keeps_variance:
+                if has_variance:
                     prediction = torch.cat([prediction, variance], dim=1)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
 
@@ -602,7 +463,6 @@ class DoDPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
                     latents = changed.pop("latents", latents)
                     prior_tokens = changed.pop("prior_tokens", prior_tokens)
-                    conditions.clear()
                 progress_bar.update()
                 if self._interrupt:
                     break

@@ -7,11 +7,13 @@
     scheduler/, vae/                        classes of diffusers, as in its other pipelines
 
 `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the code that is carried. `DoDPipeline` never does:
-it takes the two models' classes from beside itself, whatever module the index names.
+it takes the models' classes from beside itself, whatever module the index names.
 """
 
 import ast
+import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,13 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     return "".join(lines)
 
 
-def carried_code(pipeline_file: str) -> dict[str, str]:
+def carried_code(pipeline_file: str | None = None) -> dict[str, str]:
     """The code that a repository carries, by its path there.
 
     Args:
-        pipeline_file (`str`): the pipeline's module; the models' modules are its neighbours.
+        pipeline_file (`str`, *optional*): the pipeline's module, this package's by default; the models' are its neighbours.
     """
-    file = Path(pipeline_file)
+    file = Path(pipeline_file or Path(__file__).with_name("pipeline_dod.py"))
     return {
         "pipeline.py": standalone_source(file),
         "transformer/transformer_dod.py": standalone_source(file.with_name("transformer_dod.py")),
@@ -89,7 +91,10 @@ def resolve_index(index: dict[str, Any], pipeline_classes: list[str], package: s
             continue
         library, component_class = entry
         if component_class in MODEL_FILES:
-            resolved[component] = [f"{package}.{MODEL_FILES[component_class]}", component_class]
+            module = importlib.import_module(
+                f"{package}.{MODEL_FILES[component_class]}"
+            )  # diffusers wants it imported
+            resolved[component] = [module.__name__, component_class]
         elif library not in ("diffusers", "transformers") and library not in sys.modules:
             # Importing a module because a repository names it would run it.
             raise ValueError(
@@ -156,3 +161,74 @@ def check_weights(folder: str, passed_components: set[str], source: str) -> None
                 "code when they are read, so they are not loaded: ask the author for safetensors, or, if you trust the "
                 "files, download them, load the folder with `use_safetensors=False` and save it again."
             )
+
+
+class DoDRepositoryMixin:
+    """How [`DoDPipeline`] is loaded and saved: from a folder or the Hub without running code, to a folder with its code."""
+
+    @classmethod
+    def _pipeline_class(cls) -> type:
+        """The class that this mixin was made for, of which `cls` may be a subclass."""
+        return next(base for base in cls.__mro__ if DoDRepositoryMixin in base.__bases__)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a pipeline from a folder or from the Hub; code that it carries is neither needed nor run.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
+            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `torch_dtype`, `variant`, `revision`, `token`, ...
+
+        Raises:
+            ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
+        """
+        source = str(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
+        if kwargs.setdefault("use_safetensors", True):
+            check_weights(folder, set(kwargs), source)
+        pipeline = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
+        pipeline.register_to_config(_name_or_path=source)
+        return pipeline
+
+    # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
+    # package that does not; overriding it and `load_config` changes nothing outside this class.
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Downloads what `from_pretrained` reads of a repository, without its code; returns the folder."""
+        options = {
+            name: kwargs[name]
+            for name in ("variant", "revision", "cache_dir", "token", "force_download", "local_files_only")
+            if kwargs.get(name) is not None
+        }
+        return download_snapshot(pretrained_model_name, passed_components=set(kwargs), **options)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict[str, Any] | tuple:
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        config, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        classes = [base.__name__ for base in cls.__mro__]
+        package = cls._pipeline_class().__module__.rpartition(".")[0]
+        config = resolve_index(config, classes, package, str(pretrained_model_name_or_path))
+        return (config, *rest) if rest else config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the pipeline and its code, so that it also loads with diffusers alone and `trust_remote_code=True`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder, made if need be.
+            push_to_hub (`bool`, defaults to `False`): whether to push as well, see [`push_to_hub`].
+            kwargs: `variant`, `max_shard_size`, ... of [`DiffusionPipeline.save_pretrained`], or of the push.
+        """
+        weights = kwargs
+        if push_to_hub:
+            weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
+        super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
+        if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
+            for path, text in carried_code(str(sys.modules[type(self).__module__].__file__)).items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
+            index_file = Path(save_directory, INDEX_NAME)
+            index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
+            index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

@@ -18,10 +18,10 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from .layers import (
     NORM_EPS,
+    DoDRotaryEmbedding,
     DoDTransformerBlock,
     initialize_linear_xavier,
     patchify,
-    rotary_embedding_2d,
     sincos_embedding_2d,
     unpatchify,
 )
@@ -140,10 +140,6 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
         self.inner_dim = num_attention_heads * attention_head_dim
-        if pos_embed_type == "rope" and attention_head_dim % 4:
-            raise ValueError(
-                f"`attention_head_dim` is {attention_head_dim}; 2D rotary positions need a multiple of 4."
-            )
         if pos_embed_type == "sincos" and self.inner_dim % 4:
             raise ValueError(f"The width is {self.inner_dim}; sine-cosine positions need a multiple of 4.")
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -153,6 +149,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             adaln_rank = self.inner_dim // 4
 
         self.patch_embed = nn.Linear(in_channels * patch_size**2, self.inner_dim)
+        self.rope = DoDRotaryEmbedding(attention_head_dim, rope_theta) if pos_embed_type == "rope" else None
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
         self.time_embed = TimestepEmbedding(256, self.inner_dim)
         self.class_embed = nn.Embedding(num_classes + 1, self.inner_dim)
@@ -236,8 +233,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         grid, device = (height // patch_size, width // patch_size), hidden_states.device
         hidden_states = self.patch_embed(patchify(hidden_states, patch_size))
         rotary_emb = None
-        if self.config.pos_embed_type == "rope":
-            rotary_emb = rotary_embedding_2d(*grid, self.config.attention_head_dim, self.config.rope_theta, device)
+        if self.rope is not None:
+            rotary_emb = self.rope(*grid, device)
         else:
             positions = sincos_embedding_2d(*grid, self.inner_dim, self.config.base_size, device)
             hidden_states = hidden_states + positions.to(hidden_states.dtype)

@@ -24,7 +24,7 @@ def show(argv: list[str]) -> None:
     try:
         from .page import serve
     except ImportError as error:
-        raise BadInput(f"the demo needs gradio ({error}): `pip install \"diffusers-dod[demo]\"`") from error
+        raise BadInput(f'the demo needs gradio ({error}): `pip install "diffusers-dod[demo]"`') from error
     with bad_input():
         serve(args.model)
 

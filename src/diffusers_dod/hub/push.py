@@ -17,19 +17,20 @@ from typing import Any
 import diffusers
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
-from . import pipeline_dod
+from ..compatibility import check_components, check_scheduler
 from ..latent_embedder_dod import DoDLatentEmbedder
-from .card import LORA_NAME, build_card, build_lora_card
-from ..pipeline_dod import DoDPipeline
 from ..repository import INDEX_NAME, carried_code, index_with_code, resolve_index
 from ..transformer_dod import DoDTransformer2DModel
+from .card import LORA_NAME, build_card, build_lora_card
 
 
 logger = logging.get_logger(__name__)
+PACKAGE = __name__.partition(".")[0]
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Beside the components' folders and the card, these go up where they are.
@@ -44,7 +45,7 @@ def _component_class(entry: list[str]) -> Any:
 def _components(folder: Path) -> dict[str, Any]:
     """The classes of the components that the folder's index names."""
     index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    index = resolve_index(index, ["DoDPipeline"], __package__, str(folder))
+    index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
     return {
         name: _component_class(entry)
         for name, entry in index.items()
@@ -136,7 +137,9 @@ def check_folder(folder: str | Path, license: str | None = None) -> list[str]:
     problems += [f"{INDEX_NAME}: no {name}" for name in sorted(missing)]
     if set(loaded) == set(components) and not missing:
         try:
-            DoDPipeline(**loaded)._check_scheduler()
+            check_components(loaded["transformer"].config, loaded["latent_embedder"].config, loaded.get("vae"))
+            scheduler = loaded["scheduler"]
+            check_scheduler(type(scheduler), scheduler.config, loaded["transformer"].config)
         except ValueError as error:
             problems.append(f"configs: {error}")
     return problems
@@ -198,10 +201,10 @@ def collect_upload(folder: str | Path, card: str, include_code: bool = True) -> 
                 upload[f"{name}/{path.name}"] = path
     index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
     if include_code:
-        upload |= {path: text.encode() for path, text in carried_code(pipeline_dod.__file__).items()}
+        upload |= {path: text.encode() for path, text in carried_code().items()}
         index = index_with_code(index)
     else:
-        index = resolve_index(index, ["DoDPipeline"], __package__, str(folder))
+        index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
     upload[INDEX_NAME] = _without_origin(json.dumps(index))
     grid = find_stage_grid(folder)
     if grid is not None:
@@ -314,7 +317,7 @@ def push_folder(
     return commit.pr_url or commit.commit_url
 
 
-def push_pipeline(pipeline: DoDPipeline, repo_id: str, **kwargs: Any) -> str | None:
+def push_pipeline(pipeline: DiffusionPipeline, repo_id: str, **kwargs: Any) -> str | None:
     """Saves a pipeline and pushes it; `kwargs` are [`push_folder`]'s."""
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)

@@ -23,14 +23,15 @@ from torch.utils.data import DataLoader, default_collate
 from train_arguments import BadData, BadInput, resolve_objective
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+
 from ..autoencoding import encode_images, vae_latent_channels, vae_spatial_factor
-from ..data.order import BatchSampler, EpochOrder
-from ..data.images import collate_images, inspect_images, load_labelled_images, read_image
 from ..data.cache import CachedLatents, sample_posterior, select_flip
 from ..data.cache_writing import vae_settings
+from ..data.images import collate_images, inspect_images, load_labelled_images, read_image
+from ..data.order import BatchSampler, EpochOrder
+from ..data.streaming import ShuffledStream, StreamedRows
 from ..presets import PRESETS
 from .repa import REPAEncoder, REPAProjector
-from ..data.streaming import ShuffledStream, StreamedRows
 
 
 logger = get_logger(__name__, log_level="INFO")

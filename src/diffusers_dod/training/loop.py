@@ -63,6 +63,11 @@ from train_setup import (
 )
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+
+from ..cpu_fsdp import enable_fsdp_on_cpu
+from ..hub import BackgroundPush, find_stage_grid
+from ..processes import drain_process_group
+from ..randomness import row_generators, step_generator
 from .averaging import WeightAverages, full_tensors
 from .checkpoints import (
     CONFIG_NAME,
@@ -73,15 +78,11 @@ from .checkpoints import (
     save_checkpoint,
     trained_parameters,
 )
-from ..cpu_fsdp import enable_fsdp_on_cpu
 from .flops import PEAK_TFLOPS, training_flops
-from ..hub import BackgroundPush, find_stage_grid
-from ..processes import drain_process_group
-from ..randomness import row_generators, step_generator
-from .repa import REPAProjector, repa_loss
 from .guard import StepGuard
-from .stopping import StopRequest
 from .objective import count_prior_rows, ddpm_example, dod_loss, flow_example
+from .repa import REPAProjector, repa_loss
+from .stopping import StopRequest
 
 
 class TooManyBadSteps(Exception):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from diffusers_dod import DoDPipeline
+
 from ..evaluation import ImageSet, InceptionExtractor, TransformersExtractor, evaluate, extract_features
 from ..randomness import row_generators
 

@@ -70,7 +70,10 @@ def draw(args: argparse.Namespace) -> None:
     names = pipe.config.id2label or {}
     labels = ["no class" if i is None else names.get(str(i), f"class {i}") for i in class_ids]
     images = [pipe.decode(latents, "pil") for latents in stages]
-    pictures = {"stages.png": stage_grid(images, labels), "codes.png": stage_grid(stage_code_maps(pipe, stages), labels)}
+    pictures = {
+        "stages.png": stage_grid(images, labels),
+        "codes.png": stage_grid(stage_code_maps(pipe, stages), labels),
+    }
     if len(images) > 1:
         pictures["differences.png"] = stage_grid(stage_differences(images), labels, first_stage=2)
     args.output_dir.mkdir(parents=True, exist_ok=True)
