@@ -11,7 +11,7 @@ from .cli import BadInput, Parser, run
 COMMANDS = {
     "train": ("training.__main__", "train a model on images or on cached latents"),
     "cache": ("data.__main__", "encode a data set to latents once, for training"),
-    "sample": ("evaluation.sampling", "draw many images for an evaluation"),
+    "sample": ("evaluation.sample", "draw many images for an evaluation"),
     "evaluate": ("evaluation.__main__", "compare samples with a reference: FID, KID, precision and recall, ..."),
     "probe": ("evaluation.probe", "measure how much of the class the codes hold"),
     "convert": ("conversion.__main__", "make a DoD pipeline of a checkpoint of DiT, SiT or FiTv2"),
