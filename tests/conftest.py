@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 
-# The scripts' own modules, as they find each other.
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
 
 collect_ignore = []

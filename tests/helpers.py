@@ -82,5 +82,5 @@ def process_context():
     context = multiprocessing.get_context("forkserver")
     # The server finds what it imports by the environment alone, and is silent about what it does not find.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(EXAMPLES), str(Path(__file__).parent), *sys.path]))
-    context.set_forkserver_preload(["torch.distributed", "train_dod", "training_runs", "diffusers_dod.repa"])
+    context.set_forkserver_preload(["torch.distributed", "training_runs", "diffusers_dod.training.loop"])
     return context

@@ -1,4 +1,4 @@
-"""Runs of the real `examples/train_dod.py`: tiny models on real digits, in processes of their own.
+"""Runs of the real `diffusers-dod train`: tiny models on real digits, in processes of their own.
 
 `start` forks a server that has imported the script already, since importing takes longer than such a run.
 """
@@ -24,7 +24,6 @@ TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 
 EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 NAMES = ("transformer", "latent_embedder")
 
-sys.path.insert(0, str(EXAMPLES))
 torch.set_num_threads(1)  # the order of a sum changes its last bits
 
 
@@ -42,12 +41,12 @@ def write_digits(root: Path, digits=(0, 1, 4), counts=(1, 1, 1)) -> Path:
 
 
 def cache_digits(digits: Path, folder: Path, *args, vae: str = "kl") -> Path:
-    """Latents of pictures at resolution 14 in a tiny VAE, by the real `examples/cache_latents.py`."""
-    import cache_latents
+    """Latents of pictures at resolution 14 in a tiny VAE, by the real `diffusers-dod cache`."""
+    from diffusers_dod.data.__main__ import main
 
     tiny_vae(vae).save_pretrained(folder / "vae")
     options = ("--train_data_dir", digits, "--vae_name_or_path", folder / "vae", "--resolution", 14, *args)
-    assert cache_latents.main([str(option) for option in (*options, "--output_dir", folder / "latents")]) in (0, None)
+    assert main([str(option) for option in (*options, "--output_dir", folder / "latents")]) == 0
     return folder / "latents"
 
 
@@ -83,9 +82,9 @@ def _run(argv: list[str], log: str, environment: dict) -> None:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
-    import train_dod
+    from diffusers_dod.training.__main__ import main
 
-    sys.exit(train_dod.run(argv))
+    sys.exit(main(argv))
 
 
 def start(argv: list, log: Path, **environment: str) -> multiprocessing.Process:

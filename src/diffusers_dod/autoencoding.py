@@ -65,14 +65,14 @@ def encode_posterior(vae: ModelMixin | None, images: torch.Tensor) -> tuple[torc
 def encode_images(
     vae: ModelMixin | None,
     images: torch.Tensor,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     sample_posterior: bool = False,
 ) -> torch.Tensor:
     """Encodes images to normalized latents.
 
     Args:
         vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
-        generator (`torch.Generator`, *optional*): for the posterior's sample.
+        generator (`torch.Generator` or a `list` of them, *optional*): for the posterior's sample.
         sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
 
     Returns:

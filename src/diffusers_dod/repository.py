@@ -231,4 +231,6 @@ class DoDRepositoryMixin:
             index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
             index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            self.push_to_hub(  # type: ignore[attr-defined]
+                kwargs.pop("repo_id", Path(save_directory).name), **kwargs
+            )

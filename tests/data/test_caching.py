@@ -22,10 +22,10 @@ from torch.utils.data import default_collate
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTImageProcessor
 
 from diffusers_dod.autoencoding import encode_images
-from diffusers_dod.data.images import collate_images, load_labelled_images
 from diffusers_dod.data.cache import CachedLatents, sample_posterior, select_flip
-from diffusers_dod.training.repa import REPAEncoder
+from diffusers_dod.data.images import collate_images, load_labelled_images
 from diffusers_dod.training.objective import dod_loss, flow_example
+from diffusers_dod.training.repa import REPAEncoder
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "cache_latents.py"

@@ -8,8 +8,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from diffusers_dod.data.order import BatchSampler, EpochOrder
-from diffusers_dod.randomness import row_generators, step_generator
 from diffusers_dod.data.streaming import ShuffledStream, StreamedRows
+from diffusers_dod.randomness import row_generators, step_generator
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():

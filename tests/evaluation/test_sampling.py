@@ -23,7 +23,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import evaluate_dod  # noqa: E402
-import sample_dod  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def sample(model, folder, *arguments, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     options = ["--num_inference_steps", "3", "--num_images", "40", "--stages", "all", *map(str, arguments)]
-    status = sample_dod.main(["--model", str(model), "--output_dir", str(folder), *options])
+    status = sample.main(["--model", str(model), "--output_dir", str(folder), *options])
     torch.set_num_threads(before)
     return status
 
@@ -50,7 +49,7 @@ def run_script(arguments, log, environment):
     os.environ.update(environment)
     sys.stderr = open(log, "w", buffering=1)
     torch.set_num_threads(1)
-    sample_dod.main(arguments)
+    sample.main(arguments)
 
 
 def contents(folder):
@@ -133,11 +132,11 @@ def test_other_settings_in_the_same_folder_are_refused(model, drawn, capsys):
 
 
 def test_random_classes_follow_from_the_seed():
-    args = sample_dod.parse_args(["--model", "x", "--output_dir", "y", "--classes", "random"])
-    classes = [sample_dod.class_of(index, 10, args) for index in range(2000)]
-    assert classes == [sample_dod.class_of(index, 10, args) for index in range(2000)]
+    args = sample.parse_args(["--model", "x", "--output_dir", "y", "--classes", "random"])
+    classes = [class_of(index, 10, args) for index in range(2000)]
+    assert classes == [class_of(index, 10, args) for index in range(2000)]
     assert min(np.bincount(classes)) > 150 and classes[:10] != list(range(10))
-    assert sample_dod.class_of(3, 0, args) is None
+    assert class_of(3, 0, args) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ def test_random_classes_follow_from_the_seed():
 )
 def test_settings_that_mean_nothing(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        sample_dod.parse_args(["--model", "x", "--output_dir", "y", *arguments])
+        sample.parse_args(["--model", "x", "--output_dir", "y", *arguments])
     assert message in capsys.readouterr().err
 
 

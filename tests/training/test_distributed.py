@@ -68,7 +68,7 @@ def test_two_processes_train_as_one_and_resume(options, one_process, tmp_path, e
     # Killed after step 10
     shutil.copytree(tmp_path / "run" / "checkpoint-10", tmp_path / "resumed" / "checkpoint-10")
     assert start_together(arguments(tmp_path / "resumed", *options), tmp_path, 2, **environment) == [0, 0]
-    assert "Going on from" in (tmp_path / "log-0").read_text()
+    assert "Resuming from" in (tmp_path / "log-0").read_text()
     assert_equal_tensors(weights(tmp_path / "resumed"), weights(tmp_path / "run"))
 
 
@@ -76,7 +76,7 @@ def test_a_run_goes_on_with_another_number_of_processes(options, one_process, tm
     shutil.copytree(one_process / "checkpoint-10", tmp_path / "run" / "checkpoint-10")
     options += ("--train_batch_size", 4)
     assert start_together(arguments(tmp_path / "run", *options), tmp_path, 2) == [0, 0]
-    assert "Going on from" in (tmp_path / "log-0").read_text()
+    assert "Resuming from" in (tmp_path / "log-0").read_text()
     assert_close(tmp_path / "run", one_process)
 
 

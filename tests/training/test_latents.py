@@ -27,7 +27,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 from diffusers_dod import DoDPipeline
 
 
-OPTIONS = ("--train_batch_size", 4, "--max_train_steps", 6, "--random_flip", "--checkpointing_steps", 3, "--no_ema")
+OPTIONS = ("--train_batch_size", 4, "--max_train_steps", 6, "--random_flip", "--checkpointing_steps", 3, "--no-ema")
 PATCHES = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 1}
 
 
@@ -125,10 +125,10 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
     ],
 )
 def test_what_does_not_fit_the_cache_is_one_line(options, message, digits, cache, tmp_path, capsys):
-    import train_dod
+    from diffusers_dod.training import __main__ as train_command
 
     options = [str(option).format(other=cache.parent / "other") for option in options]
-    assert train_dod.run(arguments(tmp_path / "run", "--latents_dir", cache, *options)) == 2
+    assert train_command.main(arguments(tmp_path / "run", "--latents_dir", cache, *options)) == 2
     errors = capsys.readouterr().err.splitlines()
     assert message in errors[-1] and not (tmp_path / "run").exists()
 

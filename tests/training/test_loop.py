@@ -49,9 +49,9 @@ def launch_well(*args, **kwargs) -> str:
 
 @pytest.fixture(scope="module")
 def script():
-    import train_dod
+    from diffusers_dod.training import loop
 
-    return train_dod
+    return loop
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ COLUMNS = ("--image_column", "picture", "--label_column", "kind")
 
 
 def test_a_run_without_averages_resumes_as_well(script, coloured, tmp_path):
-    options = ("--train_data_dir", coloured, *COLUMNS, "--resolution", 14, "--no_ema", "--sampling", "balanced")
+    options = ("--train_data_dir", coloured, *COLUMNS, "--resolution", 14, "--no-ema", "--sampling", "balanced")
     options += ("--max_train_steps", 6, "--learning_rate", 1e-2, "--prior_drop", 0.3, "--checkpointing_steps", 3)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     script.main(arguments(straight, *options))
@@ -245,7 +245,7 @@ def test_two_processes_train_where_a_batch_may_see_no_prior_and_skip_broken_imag
 def test_a_bad_launch_ends_with_one_line_and_an_exit_code(tmp_path):
     result = launch(tmp_path / "out", "--train_data_dir", tmp_path / "nowhere")
     assert result.returncode != 0
-    (line,) = [line for line in result.stderr.splitlines() if "train_dod.py: error:" in line]
+    (line,) = [line for line in result.stderr.splitlines() if "diffusers-dod train: error:" in line]
     assert "nowhere" in line and "not a folder" in line
     assert result.stderr.index(line) < result.stderr.find("Traceback") or "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

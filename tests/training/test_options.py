@@ -7,15 +7,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train_dod
 from diffusers.utils import is_bitsandbytes_available
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
 from peft import LoraConfig
 from safetensors.torch import load_file
-from train_arguments import BadInput, parse_args
 from training_runs import NAMES, arguments, assert_equal_tensors, weights, write_digits
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel
+from diffusers_dod.cli import BadInput
+from diffusers_dod.training.__main__ import main, train_model
+from diffusers_dod.training.guard import TooManyBadSteps
+from diffusers_dod.training.options import parse_args
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def pretrained(tmp_path_factory):
 
 def train(output_dir, data, *options, status=0):
     argv = arguments(output_dir, "--train_data_dir", data, "--resolution", 14, "--learning_rate", 1e-2, *options)
-    assert train_dod.run(argv) == status
+    assert main(argv) == status
     return output_dir
 
 
@@ -106,7 +108,7 @@ def test_a_class_count_of_ones_own_and_what_does_not_fit_it(digits, tmp_path):
     run = train(tmp_path / "run", digits, "--num_classes", 9)
     assert DoDPipeline.from_pretrained(run).transformer.config.num_classes == 9
     with pytest.raises(BadInput, match="the data has 3 classes, so --num_classes cannot be 2"):
-        train_dod.main(arguments(tmp_path / "x", "--train_data_dir", digits, "--resolution", 14, "--num_classes", 2))
+        train_model(arguments(tmp_path / "x", "--train_data_dir", digits, "--resolution", 14, "--num_classes", 2))
 
 
 def test_a_stream_skips_broken_images_or_names_the_first(digits, tmp_path, capsys):
@@ -118,7 +120,7 @@ def test_a_stream_skips_broken_images_or_names_the_first(digits, tmp_path, capsy
     with pytest.warns(UserWarning, match="broken.png cannot be read"):
         train(tmp_path / "skipped", data, *options, "--on_broken_image", "skip")
     train(tmp_path / "stopped", data, *options, "--dataloader_num_workers", 1, status=2)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train_dod.py: error" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "diffusers-dod train: error" in line]
     assert "broken.png cannot be read" in line and "--on_broken_image skip" in line
 
 
@@ -128,8 +130,8 @@ def test_bad_batches_are_skipped_named_and_end_the_run_when_they_do_not_end(digi
         pipeline.transformer.proj_out.bias.fill_(math.nan)
     pipeline.save_pretrained(tmp_path / "broken")
     options = ("--pretrained_model_name_or_path", tmp_path / "broken", "--max_train_steps", 9, "--train_batch_size", 2)
-    with pytest.raises(train_dod.TooManyBadSteps, match="3 steps in a row were skipped, .*its loss is nan"):
-        train_dod.main(
+    with pytest.raises(TooManyBadSteps, match="3 steps in a row were skipped, .*its loss is nan"):
+        train_model(
             arguments(
                 tmp_path / "run", *options, "--train_data_dir", digits, "--resolution", 14, "--max_skipped_steps", 2
             )
@@ -146,7 +148,7 @@ def test_bad_batches_are_skipped_named_and_end_the_run_when_they_do_not_end(digi
 
 def test_a_spike_changes_no_weight_but_costs_a_step(digits, pretrained, tmp_path):
     # With a factor this small every step after the guard's warm-up is a spike.
-    options = ("--pretrained_model_name_or_path", pretrained, "--checkpointing_steps", 101, "--no_ema")
+    options = ("--pretrained_model_name_or_path", pretrained, "--checkpointing_steps", 101, "--no-ema")
     options += (
         "--no-random_flip",
         "--max_train_steps",
@@ -261,7 +263,7 @@ def test_8_bit_adam_trains_or_says_what_it_needs(tmp_path):
 def test_rows_without_a_prior_everywhere_are_refused_where_only_the_embedder_learns(digits, pretrained, tmp_path):
     options = ("--pretrained_model_name_or_path", pretrained, "--train", "embedder", "--train_batch_size", 1)
     with pytest.raises(BadInput, match="--train embedder cannot do"):
-        train_dod.main(arguments(tmp_path / "run", *options, "--train_data_dir", digits))
+        train_model(arguments(tmp_path / "run", *options, "--train_data_dir", digits))
 
 
 def test_the_lora_of_peft_is_the_identity_before_training():
@@ -302,7 +304,7 @@ def test_a_dataset_of_the_hub_streams_and_resumes_and_must_tell_its_classes(parq
         argv = arguments(
             tmp_path / run, "--resolution", 14, "--checkpointing_steps", 3, "--shuffle_buffer_size", 4, *options
         )
-        assert train_dod.run(argv) == status
+        assert main(argv) == status
         return tmp_path / run
 
     options = ("--num_classes", 3, "--max_train_steps", 6, "--train_batch_size", 3)
@@ -310,7 +312,7 @@ def test_a_dataset_of_the_hub_streams_and_resumes_and_must_tell_its_classes(parq
     shutil.copytree(straight / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     assert_equal_tensors(weights(hub("resumed", *options, "--dataloader_num_workers", 2)), weights(straight))
     with pytest.raises(BadInput, match="how many classes there are: give --num_classes"):
-        train_dod.main(
+        train_model(
             arguments(
                 tmp_path / "x",
                 "--dataset_name",

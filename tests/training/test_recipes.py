@@ -8,11 +8,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from train_arguments import BadInput, parse_args
-from train_setup import TrainingData, build_pipeline
 from training_runs import EXAMPLES, arguments, write_digits
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.cli import BadInput
+from diffusers_dod.data.batches import TrainingData
+from diffusers_dod.training.build import build_pipeline
+from diffusers_dod.training.options import parse_args
 
 
 needs_rae = pytest.mark.skipif(
@@ -73,7 +75,7 @@ def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
-    import train_dod
+    from diffusers_dod.training.__main__ import train_model
 
     digits = write_digits(tmp_path / "data")
     flags = ["--transformer_config", json.dumps(NARROW), "--embedder_config", json.dumps(NARROW_EMBEDDER)]
@@ -82,7 +84,7 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
     if recipe.stem not in ("digits", "imagenet256_rae"):  # RAE brings every image to its encoder's size
         flags += ["--resolution", 64]
     argv = [*recipe_args(recipe, tmp_path, *flags), "--train_data_dir", str(digits)]
-    assert train_dod.main(argv) == 0
+    assert train_model(argv) == 0
     config = json.loads((tmp_path / "run" / "training_config.json").read_text())
     stated = parse_args(["--recipe", str(recipe), "--output_dir", "x", "--train_data_dir", "x"], "")
     assert config["learning_rate"] == stated.learning_rate and config["ema_decay"] == stated.ema_decay

@@ -12,8 +12,8 @@ from helpers import tiny_embedder, tiny_transformer
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dod.processes import drain_process_group
-from diffusers_dod.training.repa import REPAEncoder, REPAProjector, repa_loss
 from diffusers_dod.training.objective import dod_loss, flow_example
+from diffusers_dod.training.repa import REPAEncoder, REPAProjector, repa_loss
 
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}

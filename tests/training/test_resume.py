@@ -83,7 +83,7 @@ def test_a_run_killed_ten_times_ends_bit_equal_to_one_never_killed(unbroken, tmp
         while_writing += len(list((tmp_path / "run").glob("tmp-checkpoint-*"))) > 0
     assert while_writing > 0 and 0 < steps_saved(tmp_path / "run") < STEPS
     assert finish(start(command, log)) == 0
-    assert "Going on from" in log.read_text()
+    assert "Resuming from" in log.read_text()
     assert_same_end(tmp_path / "run", unbroken_dir)
     assert len(list((tmp_path / "run").glob("*checkpoint-*"))) == 2
 
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(unbroken, t
     finish(process)
     # From that checkpoint, with room again
     assert finish(start(arguments(run, *options), log)) == 0
-    assert f"Going on from {run}/checkpoint-{good}." in log.read_text()
+    assert f"Resuming from {run}/checkpoint-{good}." in log.read_text()
     assert_same_end(run, unbroken_dir)
 
 
@@ -157,5 +157,5 @@ def test_a_disk_full_at_the_end_is_one_line_and_a_status(unbroken, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     assert finish(process) == 1
     lines = log.read_text().splitlines()
-    assert "train_dod.py: error: " in lines[-1] and "could not be written" in lines[-1]
+    assert "diffusers-dod train: error: " in lines[-1] and "could not be written" in lines[-1]
     assert list(run.glob("*checkpoint-*")) == []

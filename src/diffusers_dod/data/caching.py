@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import diffusers
@@ -72,14 +73,19 @@ def cache(args: argparse.Namespace) -> None:
         )
     vae.requires_grad_(False).eval().to(accelerator.device)
     factor = vae_spatial_factor(vae)
-    encoder, features, multiple = None, None, factor
+    encoder, multiple = None, factor
+    features: dict[str, Any] | None = None
     if args.repa_encoder is not None:
         with bad_input(Exception, what=f"{args.repa_encoder} cannot be loaded"):
             encoder = REPAEncoder.from_pretrained(args.repa_encoder, cache_dir=args.cache_dir).to(accelerator.device)
         multiple *= args.patch_size
         grid = [args.resolution // multiple] * 2
-        features = {"encoder_class": type(encoder.model).__name__, "encoder_weights_sha256": weights_sha256(encoder)}
-        features |= {"grid": grid, "width": encoder.width}
+        features = {
+            "encoder_class": type(encoder.model).__name__,
+            "encoder_weights_sha256": weights_sha256(encoder),
+            "grid": grid,
+            "width": encoder.width,
+        }
     if args.resolution % multiple:
         raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
 

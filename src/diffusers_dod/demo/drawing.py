@@ -97,7 +97,9 @@ def open_picture(path: str) -> Image.Image:
             usual = picture.mode in MODES
             if megapixels <= MAX_MEGAPIXELS and usual:
                 picture.load()
-                transparent = picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255
+                transparent = (
+                    picture.has_transparency_data and min(picture.convert("RGBA").getchannel("A").getdata()) < 255
+                )
     except Image.DecompressionBombError:
         megapixels = float("inf")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):

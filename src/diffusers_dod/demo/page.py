@@ -71,7 +71,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     choices = class_choices(pipe)
     names = {value: name for name, value in choices}
 
-    def show_rows(num_stages: int, picture: str | None):
+    def show_rows(num_stages: int, picture: str | None) -> list:
         """One row a stage that runs; a picture needs a stage 2, and is looked at right away."""
         first, preview = 1, ""
         if picture is not None:
@@ -90,8 +90,8 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     ) -> Iterator:
         if random_seed or seed is None:
             seed = random.randint(0, MAX_SEED)
-        steps, scales = numbers[:MAX_STAGES][:num_stages], numbers[MAX_STAGES:][:num_stages]
-        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, list(steps), list(scales), picture)
+        steps, scales = [int(n) for n in numbers[:num_stages]], numbers[MAX_STAGES:][:num_stages]
+        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, list(scales), picture)
         code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
         finished: list[Finished] = []
         try:
@@ -126,10 +126,12 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                 with gr.Group():
                     for stage in range(1, MAX_STAGES + 1):
                         with gr.Row(visible=stage <= 2) as row:
-                            label, limits = f"Stage {stage} steps", {"minimum": 1, "maximum": MAX_STEPS}
-                            steps.append(gr.Number(30, label=label, precision=0, min_width=120, **limits))
-                            label, limits = f"Stage {stage} guidance", {"minimum": 0, "maximum": 20, "step": 0.1}
-                            scales.append(gr.Number(1.5, label=label, min_width=120, **limits))
+                            label = f"Stage {stage} steps"
+                            steps.append(
+                                gr.Number(30, label=label, precision=0, min_width=120, minimum=1, maximum=MAX_STEPS)
+                            )
+                            label = f"Stage {stage} guidance"
+                            scales.append(gr.Number(1.5, label=label, min_width=120, minimum=0, maximum=20, step=0.1))
                         rows.append(row)
                 with gr.Accordion("Start from a picture of your own", open=False):
                     # Not gr.Image, which reads the file itself and says of a bad one only that it failed.

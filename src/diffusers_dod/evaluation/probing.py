@@ -21,7 +21,9 @@ WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @torch.no_grad()
-def extract(folder: str, pipe: DoDPipeline, untrained: DoDLatentEmbedder, args: argparse.Namespace):
+def extract(
+    folder: str, pipe: DoDPipeline, untrained: DoDLatentEmbedder, args: argparse.Namespace
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Features of all images by name, `(images, channels)` each, and their labels."""
     data, _ = load_labelled_images(folder)
     if args.max_images is not None:
@@ -52,7 +54,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, num_classes: int, weight_d
     torch.nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss():
+    def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(probe(features), labels) + weight_decay * probe.weight.square().sum()
         value.backward()

@@ -1,7 +1,7 @@
 """From two sets of images to a table of metrics."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -28,14 +28,20 @@ PLAIN_NAMES = {
 }
 
 
+class Batched(Protocol):
+    """What [`ImageSet`] and samples in memory share."""
+
+    def batches(self, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]: ...
+
+
 @torch.no_grad()
 def extract_features(
-    images: ImageSet, extractor: nn.Module, batch_size: int = 64, num_workers: int = 0, progress: Callable = iter
+    images: Batched, extractor: nn.Module, batch_size: int = 64, num_workers: int = 0, progress: Callable = iter
 ) -> dict[str, torch.Tensor]:
     """Features of all images, on the CPU, by the names of the extractor's outputs.
 
     Args:
-        images ([`ImageSet`]): what to read.
+        images ([`ImageSet`]): what to read, or anything with its `batches`.
         extractor (`nn.Module`): see `extractors.py`; it runs on the device that its parameters are on.
         batch_size (`int`), num_workers (`int`): how images are read.
         progress (`Callable`): wraps the batches, such as `tqdm`.

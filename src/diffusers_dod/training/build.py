@@ -1,243 +1,92 @@
-"""What train_dod.py trains on and what it trains: data, models and optimizer from the options."""
+"""What is trained: accelerator, models and optimizer from the options, and a plain copy of the models to sample with."""
 
 import argparse
 import inspect
 import os
-import signal
-import warnings
-from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import gather_object
-from datasets.distributed import split_dataset_by_node
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model_state_dict
-from torch.utils.data import DataLoader, default_collate
-from train_arguments import BadData, BadInput, resolve_objective
 
-from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
-
-from ..autoencoding import encode_images, vae_latent_channels, vae_spatial_factor
-from ..data.cache import CachedLatents, sample_posterior, select_flip
+from ..autoencoding import vae_latent_channels, vae_spatial_factor
+from ..cli import BadInput, bad_input
+from ..data.batches import TrainingData
 from ..data.cache_writing import vae_settings
-from ..data.images import collate_images, inspect_images, load_labelled_images, read_image
-from ..data.order import BatchSampler, EpochOrder
-from ..data.streaming import ShuffledStream, StreamedRows
+from ..data.features import REPAEncoder
+from ..latent_embedder_dod import DoDLatentEmbedder
+from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
-from .repa import REPAEncoder, REPAProjector
+from ..transformer_dod import DoDTransformer2DModel
+from .averaging import WeightAverages, full_tensors
+from .flops import PEAK_TFLOPS
+from .options import resolve_objective
+from .repa import REPAProjector
 
 
-logger = get_logger(__name__, log_level="INFO")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+NAMES = ("transformer", "latent_embedder")
 
 
-class TrainingData(NamedTuple):
-    """`rows` are undecoded images or latents, with labels; `size` is their number, unknown for a stream."""
-
-    rows: datasets.Dataset | datasets.IterableDataset | CachedLatents
-    num_classes: int
-    id2label: dict[int, str] | None
-    is_gray: bool
-    size: int | None
-
-
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
-    """The images to train on, of which broken ones were left out or refused unless they are streamed; or latents."""
-    if args.latents_dir is not None:
-        return load_latents(args)
-    try:
-        with accelerator.main_process_first():
-            data, class_names = load_labelled_images(
-                *(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.image_column),
-                *(None if args.num_classes == 0 else args.label_column, args.cache_dir, args.streaming),
-            )
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    id2label = dict(enumerate(class_names)) if class_names else None
-
-    if args.streaming:
-        if args.num_classes is None and class_names is None:
-            raise BadInput("a stream does not tell how many classes there are: give --num_classes")
-        first = next(iter(data), None)
-        if first is None:
-            raise BadInput("the stream holds no images")
-        is_gray = read_image(first["image"]).mode in ("1", "L", "LA")
-        num_classes, size = len(class_names or ()), None
-    else:
-        data, is_gray = check_images(args, data, accelerator)
-        labels = data.unique("label") if "label" in data.column_names else [-1]
-        num_classes, size = len(class_names) if class_names else max(labels) + 1, len(data)
-    if args.num_classes is not None:
-        if args.num_classes < num_classes:
-            raise BadInput(f"the data has {num_classes} classes, so --num_classes cannot be {args.num_classes}")
-        num_classes = args.num_classes
-    return TrainingData(data, num_classes, id2label, is_gray, size)
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator of the options, whose precision becomes `args.mixed_precision`."""
+    with bad_input(ValueError):  # a precision that the machine lacks
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+            step_scheduler_with_optimizer=False,
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise BadInput("FSDP means FSDP2 here: set fsdp_version to 2 in accelerate's configuration")
+    if accelerator.scaler is not None and args.spike_factor is not None:
+        raise BadInput("--spike_factor works without fp16's gradient scaler only: take bf16")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would look for it in a prepared dataloader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    args.mixed_precision = accelerator.mixed_precision
+    check_prior_rows(args, accelerator)
+    return accelerator
 
 
-def load_latents(args: argparse.Namespace) -> TrainingData:
-    """Cached latents, whose resolution becomes `args.resolution`."""
-    try:
-        cache = CachedLatents(args.latents_dir)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    if args.random_flip and not cache.flips:
+def check_prior_rows(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """An embedder that sees no row of a batch gets no gradient: DDP must be told, FSDP2 cannot do it."""
+    if int(args.train_batch_size * (1 - args.prior_drop)) > 0:
+        return
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP and args.prior_drop < 1
+    if is_fsdp or args.train == ["embedder"]:
         raise BadInput(
-            f"{args.latents_dir} holds no mirrored images: cache it with --flips, or leave out --random_flip"
+            f"a --train_batch_size of {args.train_batch_size} with a --prior_drop of {args.prior_drop} leaves processes "
+            f"without a prior, which {'FSDP' if is_fsdp else '--train embedder'} cannot do: raise one or lower the other"
         )
-    if args.repa_encoder is not None and not cache.settings["features"]:
-        raise BadInput(f"{args.latents_dir} holds no features: cache it with --repa_encoder")
-    resolution = cache.settings["resolution"]
-    if args.resolution not in (None, resolution):
-        raise BadInput(
-            f"{args.latents_dir} is of resolution {resolution}, so --resolution cannot be {args.resolution}"
-        )
-    args.resolution = resolution
-    num_classes = cache.num_classes if args.num_classes is None else args.num_classes
-    if 0 < num_classes < cache.num_classes:
-        raise BadInput(f"the data has {cache.num_classes} classes, so --num_classes cannot be {num_classes}")
-    id2label = dict(enumerate(cache.class_names)) if cache.class_names and num_classes else None
-    return TrainingData(cache, num_classes, id2label, False, len(cache))
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
-def check_images(args: argparse.Namespace, data: datasets.Dataset, accelerator: Accelerator):
-    """The readable images, and whether all of them are grayscale."""
-    # Each process checks its share.
-    share = data.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
-    report = inspect_images(share, args.dataloader_num_workers)
-    problems, is_gray = gather_object(report["problem"][:]), all(gather_object(report["is_gray"][:]))
-    broken = [problem for problem in problems if problem]
-    if broken and (args.on_broken_image == "stop" or len(broken) == len(problems)):
-        skip = "pass --on_broken_image skip to train on the others"
-        raise BadInput(f"{len(broken)} of {len(problems)} images cannot be read, the first is {broken[0]}: {skip}")
-    if broken:
-        data = data.select([row for row, problem in enumerate(problems) if not problem])
-        logger.warning("\n  ".join([f"Skipped {len(broken)} images, {len(data)} are left:", *broken]))
-    return data, is_gray
+def peak_flops(args: argparse.Namespace, accelerator: Accelerator) -> float | None:
+    """Of one device, in FLOP/s; `None` where neither the options nor the table have it."""
+    if args.peak_tflops is not None:
+        return args.peak_tflops * 1e12
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
+        return None
+    name = torch.cuda.get_device_name(accelerator.device)
+    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def collate_rows(rows: list[dict], size: int, channels: int, num_classes: int) -> dict:
-    """Rows to a batch: `pixels` and `label` as [`collate_images`] makes them, and `name`, for messages."""
-    rows = [{"label": 0, **row} for row in rows]
-    names = [row["image"]["path"] or "an unnamed image" for row in rows]
-    for name, row in zip(names, rows):
-        if not 0 <= row["label"] < max(num_classes, 1):
-            raise ValueError(f"{name} has class {row['label']}, but the model knows 0 to {num_classes - 1}")
-    pixels, labels = collate_images(rows, size, channels)
-    return {"pixels": pixels, "label": labels, "name": names}
-
-
-def is_readable(row: dict, skip_broken: bool) -> bool:
-    try:
-        read_image(row["image"])
-        return True
-    except Exception as error:  # whatever a decoder raises, the picture cannot be used
-        problem = f"{row['image']['path'] or 'an unnamed image'} cannot be read ({error})"
-        if not skip_broken:
-            raise ValueError(f"{problem}: pass --on_broken_image skip to train on the others") from error
-        warnings.warn(f"Skipped: {problem}.", stacklevel=2)
-        return False
-
-
-def collate_streamed(item: tuple[list[dict], str], skip_broken: bool, **kwargs) -> dict:
-    """The same for a stream, with its `state`. Good rows of the batch stand in for broken ones."""
-    rows, state = item
-    good = [row for row in rows if is_readable(row, skip_broken)]
-    if not good:
-        raise ValueError(f"none of {len(rows)} images in a row can be read")
-    rows = [good[i % len(good)] for i in range(len(rows))]
-    return {**collate_rows(rows, **kwargs), "state": state}
-
-
-def collate_latents(rows: list[dict], has_classes: bool) -> dict:
-    """Rows of a cache to a batch, with a `name` of each for messages."""
-    batch = default_collate(rows)
-    if not has_classes:
-        batch["label"] = torch.zeros_like(batch["label"])
-    return {**batch, "name": [f"image {number}" for number in batch["id"].tolist()]}
-
-
-def ignore_interrupts(_) -> None:
-    """Workers leave it to the training process to end well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def make_batches(
-    args: argparse.Namespace, data: TrainingData, channels: int, accelerator: Accelerator, step: int, state: str | None
-) -> Iterator[dict]:
-    """This process's batches without end, from `step` on, or for a stream from `state`."""
-    kwargs = {"size": args.resolution, "channels": channels, "num_classes": data.num_classes}
-    options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_interrupts}
-    options["pin_memory"] = accelerator.device.type == "cuda"
-    if args.streaming:
-        part = split_dataset_by_node(data.rows, accelerator.process_index, accelerator.num_processes)
-        options["sampler"] = ShuffledStream(part, args.train_batch_size, args.shuffle_buffer_size, args.seed, state)
-        collate = partial(collate_streamed, skip_broken=args.on_broken_image == "skip", **kwargs)
-        loader = DataLoader(StreamedRows(), batch_size=None, collate_fn=collate, **options)
-    else:
-        is_cached, labels = isinstance(data.rows, CachedLatents), None
-        if args.sampling == "balanced":
-            labels = data.rows.labels.tolist() if is_cached else data.rows["label"][:]
-        order = EpochOrder(data.size, args.seed, labels)
-        processes = (accelerator.num_processes, accelerator.process_index)
-        options["batch_sampler"] = BatchSampler(
-            order, args.train_batch_size, *processes, args.gradient_accumulation_steps, first_step=step
-        )
-        collate = partial(collate_rows, **kwargs)
-        if is_cached:
-            collate = partial(collate_latents, has_classes=data.num_classes > 0)
-        loader = DataLoader(data.rows, collate_fn=collate, **options)
-    try:
-        yield from loader
-    except ValueError as error:  # from a worker with its traceback before it
-        raise BadData(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def to_latents(
-    batch: dict, vae: ModelMixin | None, mirrored: torch.Tensor, generators: list[torch.Generator]
-) -> torch.Tensor:
-    """Clean latents of a batch in float32, the `mirrored` rows flipped, posteriors sampled by the rows' generators."""
-    if "mean" in batch:
-        mean, std = select_cached(batch["mean"], mirrored), batch.get("std")
-        if std is None:
-            return sample_posterior(mean)
-        noise = randn_tensor(mean.shape, generator=generators, device=mean.device)
-        return sample_posterior(mean, select_cached(std, mirrored), noise)
-    with torch.no_grad():
-        return encode_images(vae, to_images(batch, mirrored), generators, sample_posterior=True).float()
-
-
-def to_images(batch: dict, mirrored: torch.Tensor) -> torch.Tensor:
-    """A batch's images in [-1, 1], the `mirrored` rows flipped."""
-    images = batch["pixels"].float() / 127.5 - 1
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def select_cached(values: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Of each row, the image or its mirror image; a cache without those has none to mirror."""
-    return select_flip(values, mirrored if values.shape[1] == 2 else None)
-
-
-def to_features(
-    batch: dict, encoder: REPAEncoder | None, grid: tuple[int, int], mirrored: torch.Tensor
-) -> torch.Tensor:
-    """What REPA aligns hidden states with, `(batch, tokens, width)`: cached, or encoded from the images."""
-    if encoder is None:
-        return select_cached(batch["features"], mirrored).float()
-    return encoder(to_images(batch, mirrored), grid)
-
-
-def build_repa(
-    args: argparse.Namespace, data: TrainingData, transformer: DoDTransformer2DModel
-) -> tuple[REPAEncoder | None, REPAProjector, tuple[int, int]]:
+class REPAParts(NamedTuple):
     """REPA's encoder (none for cached features), its projector, and the grid of the transformer's tokens."""
+
+    encoder: REPAEncoder | None
+    projector: REPAProjector
+    grid: tuple[int, int]
+
+
+def build_repa(args: argparse.Namespace, data: TrainingData, transformer: DoDTransformer2DModel) -> REPAParts | None:
+    """What `--repa_encoder` asks for, if it does."""
+    if args.repa_encoder is None:
+        return None
     if args.repa_layer > transformer.config.num_layers:
         raise BadInput(
             f"--repa_layer {args.repa_layer} is beyond the transformer's {transformer.config.num_layers} blocks"
@@ -255,35 +104,29 @@ def build_repa(
                 f"the cached features are of {features['grid']} tokens but the transformer has {list(grid)}: cache them "
                 f"with --patch_size {transformer.config.patch_size}"
             )
-        return None, new_projector(features["width"]), grid
-    try:
+        return REPAParts(None, new_projector(features["width"]), grid)
+    # Missing, private, offline, no vision model: transformers raises many kinds.
+    with bad_input(Exception, what=f"--repa_encoder {args.repa_encoder}"):
         encoder = REPAEncoder.from_pretrained(args.repa_encoder, cache_dir=args.cache_dir)
-    except Exception as error:  # missing, private, offline, no vision model: transformers raises many kinds
-        raise BadInput(f"--repa_encoder {args.repa_encoder}: {str(error).strip().splitlines()[0]}") from error
-    return encoder, new_projector(encoder.width), grid
+    return REPAParts(encoder, new_projector(encoder.width), grid)
 
 
-def load_component(loader: type, path: str, **kwargs):
-    try:
-        with torch.device("cpu"):  # whatever the default device
-            return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
-    except Exception as error:  # missing, private, offline, another class: the libraries raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path} cannot be loaded as {loader.__name__}: {reason}") from error
+def load_component(loader: Any, path: str, **kwargs: Any) -> Any:
+    # Missing, private, offline, another class: the libraries raise many kinds. The CPU, whatever the default device.
+    with bad_input(Exception, what=f"{path} cannot be loaded as {loader.__name__}"), torch.device("cpu"):
+        return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
 
 
-def build_model(model_class: type, given: dict, derived: dict, option: str) -> torch.nn.Module:
+def build_model(model_class: Any, given: dict, derived: dict, option: str) -> torch.nn.Module:
     """A model of the user's constructor arguments and those that follow from everything else."""
-    known = list(inspect.signature(model_class.__init__).parameters)[1:]
+    known = list(inspect.signature(model_class).parameters)
     for name, value in given.items():
         if name not in known:
             raise BadInput(f"{option} has {name!r}, which is none of {', '.join(known)}")
         if derived.get(name, value) != value:
             raise BadInput(f"{option} has {name} {value}, but data, VAE and options make it {derived[name]}")
-    try:
+    with bad_input(TypeError, ValueError, what=option):
         return model_class(**{**given, **derived})
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{option}: {error}") from error
 
 
 def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
@@ -318,7 +161,7 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
     resolve_objective(args)
 
     # What follows from data, VAE and transformer
-    factor, patch_size = vae_spatial_factor(vae), config.get("patch_size", 2)
+    factor, patch_size = vae_spatial_factor(vae), int(config.get("patch_size", 2))
     if args.resolution is None:
         sample_size = config.get("sample_size", 256 // factor)
         if not isinstance(sample_size, int):
@@ -326,7 +169,7 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
                 f"the model is for latents of {sample_size}, but images are square here: give a --resolution"
             )
         args.resolution = sample_size * factor
-    for patch in (patch_size, embedder_config.get("patch_size", patch_size)):
+    for patch in (patch_size, int(embedder_config.get("patch_size") or patch_size)):
         if args.resolution % (factor * patch):
             multiple = f"{factor * patch} (VAE {factor} x patch {patch})" if vae is not None else f"the patch, {patch}"
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
@@ -404,3 +247,16 @@ def export_pipeline(
     plain = DoDPipeline(**{**pipeline.components, **copies}, id2label=pipeline.config.id2label)
     plain.set_progress_bar_config(disable=True)
     return plain
+
+
+def averaged_pipeline(
+    accelerator: Accelerator, pipeline: DoDPipeline, averages: WeightAverages | None, lora_dir: Path | None = None
+) -> DoDPipeline | None:
+    """A plain copy with the averaged weights, or the live ones, in the main process; every process must call this."""
+    weights = {name: full_tensors(getattr(pipeline, name).state_dict()) for name in NAMES}
+    if averages is not None:
+        averaged = full_tensors(averages.tensors(next(iter(averages.averages))))
+        for name, value in averaged.items():
+            model, key = name.split(".", 1)
+            weights[model][key] = value
+    return export_pipeline(pipeline, weights, lora_dir) if accelerator.is_main_process else None

@@ -11,15 +11,16 @@ from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 
+from ..cli import CommandError
 from .averaging import WeightAverages, fill_tensors, full_tensors
+from .results import CONFIG_NAME
 
 
-CONFIG_NAME = "training_config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 AVERAGES_NAME = "averages.json"
 
 
-class CheckpointNotWritten(Exception):
+class CheckpointNotWritten(CommandError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -32,7 +33,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def find_checkpoint(
     resume_from: str, output_dir: str | Path, config: dict, free_keys: Collection[str]
 ) -> tuple[Path | None, int]:
-    """What a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Args:
         resume_from (`str`): a checkpoint, or `"auto"` for the last of `output_dir`, if it has any.
@@ -63,7 +64,7 @@ def find_checkpoint(
     if differing:
         raise ValueError(
             f"{checkpoint} was trained with another configuration: {', '.join(differing)}. Choose another folder for a "
-            "new run, or the same options to go on."
+            "new run, or the same options to resume."
         )
     return checkpoint, step
 

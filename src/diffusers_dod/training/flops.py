@@ -1,4 +1,7 @@
-"""Floating-point operations of the models, for throughput and utilisation (MFU)."""
+"""Floating-point operations of the models, for throughput and utilisation (MFU), counted by PyTorch on the meta device."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..transformer_dod import DoDTransformer2DModel
@@ -16,47 +19,36 @@ PEAK_TFLOPS = {
 }
 
 
-def _token_grid(size: int | tuple[int, int], patch_size: int) -> int:
+def _latents(config: dict, size: int | tuple[int, int] | None) -> torch.Tensor:
+    size = config["sample_size"] if size is None else size
     height, width = (size, size) if isinstance(size, int) else size
-    return (height // patch_size) * (width // patch_size)
+    return torch.empty(1, config["in_channels"], height, width, device="meta")
 
 
-def _block_flops(tokens: int, dim: int, mlp_ratio: float) -> int:
-    hidden = int(dim * mlp_ratio) * 2 // 3
-    projections = 4 * dim * dim
-    feed_forward = dim * 2 * hidden + hidden * dim  # SwiGLU's input has a gate
-    attention = 2 * tokens * dim  # scores and their sum over values, for each query
-    return 2 * tokens * (projections + feed_forward + attention)
-
-
+@torch.no_grad()
 def transformer_flops(model: DoDTransformer2DModel, size: int | tuple[int, int] | None = None) -> int:
-    """Of one sample's forward pass: matrix multiplications, two operations a multiply-accumulate.
+    """Of one sample's forward pass: matrix multiplications, two operations per multiply-accumulate.
 
     Args:
-        model ([`DoDTransformer2DModel`]): the model.
+        model ([`DoDTransformer2DModel`]): the model; only its config is read.
         size (`int` or pair of `int`, *optional*): of the latents, the model's `sample_size` by default.
     """
-    config, dim = model.config, model.inner_dim
-    tokens = _token_grid(config.sample_size if size is None else size, config.patch_size)
-    rank = dim // 4 if config.adaln_rank is None else config.adaln_rank
-    patch = config.patch_size**2
-    embedding = 2 * (256 * dim + dim * dim + 6 * dim * dim + 2 * dim * dim)  # time, shared and last modulation
-    ends = 2 * tokens * dim * patch * (config.in_channels + model.out_channels)
-    modulation = 2 * (dim * rank + rank * 6 * dim)
-    return embedding + ends + config.num_layers * (modulation + _block_flops(tokens, dim, config.mlp_ratio))
+    with torch.device("meta"):
+        copy = DoDTransformer2DModel.from_config(model.config)
+        time, label = torch.empty(1), torch.empty(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        copy(_latents(model.config, size), time, label)
+    return counter.get_total_flops()
 
 
+@torch.no_grad()
 def embedder_flops(model: DoDLatentEmbedder, size: int | tuple[int, int] | None = None) -> int:
     """Of one sample's forward pass, as [`transformer_flops`]."""
-    config = model.config
-    size = config.sample_size if size is None else size
-    dim = config.num_attention_heads * config.attention_head_dim
-    tokens, output_tokens = _token_grid(size, config.patch_size), _token_grid(size, model.output_patch_size)
-    encoder = tokens * dim * (config.in_channels * config.patch_size**2 + config.bottleneck_dim)
-    decoder = output_tokens * dim * (config.bottleneck_dim + config.output_dim)
-    blocks = config.num_encoder_layers * _block_flops(tokens, dim, config.mlp_ratio)
-    blocks += config.num_decoder_layers * _block_flops(output_tokens, dim, config.mlp_ratio)
-    return 2 * (encoder + decoder) + blocks
+    with torch.device("meta"):
+        copy = DoDLatentEmbedder.from_config(model.config)
+    with FlopCounterMode(display=False) as counter:
+        copy(_latents(model.config, size))
+    return counter.get_total_flops()
 
 
 def training_flops(transformer: DoDTransformer2DModel, embedder: DoDLatentEmbedder, prior_share: float) -> float:

@@ -2,6 +2,14 @@
 
 import math
 
+from ..cli import CommandError
+
+
+class TooManyBadSteps(CommandError):
+    """The guard has seen enough."""
+
+    status = 3
+
 
 class StepGuard:
     """Tells which updates to skip: those that are not finite, and those far above the usual gradient norm.

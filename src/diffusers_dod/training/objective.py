@@ -43,7 +43,11 @@ class DoDLoss(NamedTuple):
 
 
 def drop_labels(
-    class_labels: torch.Tensor, num_classes: int, probability: float, generator: torch.Generator | None = None
+    class_labels: torch.Tensor,
+    num_classes: int,
+    probability: float,
+    generator: torch.Generator | None = None,
+    draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turns each label into the null class `num_classes` with `probability`, for classifier-free guidance.
 
@@ -52,9 +56,11 @@ def drop_labels(
         num_classes (`int`): the model's classes.
         probability (`float`): in [0, 1].
         generator (`torch.Generator`, *optional*): on the labels' device.
+        draws (`torch.Tensor`, *optional*): `(batch,)`, uniform in [0, 1); drawn here by default.
     """
-    dropped = torch.rand(class_labels.shape, generator=generator, device=class_labels.device) < probability
-    return torch.where(dropped, num_classes, class_labels)
+    if draws is None:
+        draws = torch.rand(class_labels.shape, generator=generator, device=class_labels.device)
+    return torch.where(draws < probability, num_classes, class_labels)
 
 
 def count_prior_rows(batch_size: int, prior_drop: float, generator: torch.Generator | None = None) -> int:

@@ -1,68 +1,34 @@
-"""The options of train_dod.py: from the command line, over those of a recipe, a YAML file of the same names."""
+"""The options of `diffusers-dod train`: from the command line, over those of a recipe, a YAML file of the same names."""
 
 import argparse
-import importlib.metadata
+import importlib.util
 import json
 import os
-import platform
-import subprocess
 from pathlib import Path
+from typing import Any
 
-import yaml
-from accelerate.tracking import is_tensorboard_available, is_wandb_available
-from diffusers.optimization import SchedulerType
-from diffusers.utils import is_bitsandbytes_available
-
+from ..cli import BadInput, Parser, json_object, number
 from ..presets import PRESETS
 
 
-# What a resumed run may do otherwise than the run before it.
-FREE_KEYS = set(
-    "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit "
-    "validation_steps report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing "
-    "evaluation_samples evaluation_reference evaluation_extractor push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
+# What a resumed run may change.
+FREE_KEYS = frozenset(
+    "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
+    "report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing evaluation_samples "
+    "evaluation_reference evaluation_extractor push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints "
+    "peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
 )
-PACKAGES = "diffusers-dod torch diffusers transformers accelerate datasets peft safetensors numpy".split()
-
-
-class BadInput(Exception):
-    """Something that the user must change; printed as one line."""
-
-
-class BadData(BadInput):
-    """The same, met by a single process on its way."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
+# Those of diffusers.optimization that need no further arguments.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 class Merge(argparse.Action):
     """Lays an object over the one given before, so that a flag changes single entries of a recipe."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
-
-
-def number(kind: type, low: float, high: float = float("inf")):
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's messages name the type
-    return parse
-
-
-def json_object(text: str) -> dict:
-    """The JSON object in a file or in `text` itself, without the entries that diffusers adds to a saved config."""
-    try:
-        values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-        return {name: value for name, value in values.items() if not name.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a JSON object nor a file with one ({error})") from error
 
 
 def trained_parts(text: str) -> list[str]:
@@ -73,39 +39,42 @@ def trained_parts(text: str) -> list[str]:
 
 
 def build_parser(description: str) -> Parser:
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="diffusers-dod train", description=description)
     fraction, positive = number(float, 0, 1), number(int, 1)
-    integer, real = number(int, 0), number(float, 0)
+    integer, real, signed = number(int, 0), number(float, 0), number(float, float("-inf"))
     switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument
     add("--recipe", help="YAML file of these options, under the same names; flags override it")
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="folder with a subfolder a class, or one that `datasets.save_to_disk` wrote")
+    add("--train_data_dir", help="folder with one subfolder per class, or one that `datasets.save_to_disk` wrote")
     add("--dataset_name", help="dataset of the Hub, its `train` split")
-    add("--dataset_config_name")
-    add("--latents_dir", help="cached latents of cache_latents.py, in place of images")
-    add("--image_column", default="image")
-    add("--label_column", default="label")
-    add("--num_classes", type=integer, help="of the model; default: the data's. 0 is unconditional, without labels")
-    add("--streaming", action=switch, default=False, help="read as training goes on instead of preparing everything")
+    add("--dataset_config_name", help="its configuration")
+    add("--latents_dir", help="cached latents of `diffusers-dod cache`, in place of images")
+    add("--image_column", default="image", help="column of the images")
+    add("--label_column", default="label", help="column of the classes")
+    add("--num_classes", type=integer, help="classes of the model; default: the data's. 0 is unconditional")
+    add("--streaming", action=switch, default=False, help="read during training instead of preparing everything first")
     add("--shuffle_buffer_size", type=positive, default=1000, help="images that a stream shuffles at a time")
-    add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced: every class equally often")
-    add("--cache_dir", help="where downloads and prepared data are kept")
-    add("--resolution", type=positive, help="side of the square images; default: what the model is for, or 256")
-    add("--center_crop", action="store_true", default=True, help="always on: ADM's centre crop")
+    add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
+    add("--cache_dir", help="where downloads and prepared data are kept; default: that of `datasets`")
+    add(
+        "--resolution",
+        type=positive,
+        help="side of the square images, by ADM's centre crop; default: the model's, or 256",
+    )
     add("--random_flip", action=switch, default=False, help="mirror images at random")
-    add("--on_broken_image", choices=("skip", "stop"), default="stop", help="an image that cannot be read")
-    add("--dataloader_num_workers", type=integer, default=0)
+    add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
+    add("--dataloader_num_workers", type=integer, default=0, help="processes that read images")
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=list(PRESETS), help="size of both models, see diffusers_dod.presets; default: XL")
+    add("--preset", choices=list(PRESETS), help="size of both models; default: XL's. See diffusers_dod.presets")
     add("--transformer_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
-    add("--pretrained_model_name_or_path", help="a saved DoD pipeline to go on from")
+    add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
     add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
-    add("--lora_rank", type=positive, help="of a LoRA on the transformer; trains embedder,lora unless told otherwise")
+    add("--lora_rank", type=positive, help="rank of a LoRA on the transformer; trains embedder,lora by default")
     add("--vae_name_or_path", help="autoencoder of diffusers; none is pixel space")
-    add("--vae_subfolder")
+    add("--vae_subfolder", help="where in it")
     add("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
     add("--compile", action=switch, default=False, help="compile the blocks of both models")
     add = parser.add_argument_group("objective").add_argument
@@ -113,55 +82,65 @@ def build_parser(description: str) -> Parser:
     add("--prior_drop", type=fraction, default=0.5, help="share of rows without a prior, which train stage 1")
     add("--class_drop", type=fraction, default=0.1, help="share of rows without a class (ours: the paper is silent)")
     add("--timestep_density", choices=("logit_normal", "uniform", "mode"), help="of sigma, flow only: logit_normal")
-    add("--logit_mean", type=float, help="of logit_normal: 0; above 0 is noisier")
+    add("--logit_mean", type=signed, help="of logit_normal: 0; above 0 is noisier")
     add("--logit_std", type=real, help="of logit_normal: 1")
-    add("--mode_scale", type=float, help="of mode: 1.29")
+    add("--mode_scale", type=signed, help="of mode: 1.29")
     add("--weighting", choices=("none", "cosmap", "sigma_sqrt"), help="of the loss by sigma, flow only: none")
     add("--embedder_noise", type=real, default=0.0, help="standard deviation of noise on what the embedder reads")
     add("--bottleneck_noise", type=real, default=0.0, help="the same on its codes, relative to their size")
-    add(
-        "--repa_encoder",
-        help="representation alignment (REPA) with this vision model of transformers; `cached`: with the "
-        "features beside the cached latents",
+    repa = (
+        "vision model of transformers for representation alignment (REPA), or `cached` for features beside the latents"
     )
-    add("--repa_weight", type=real, default=0.5, help="of the alignment loss")
+    add("--repa_encoder", help=repa)
+    add("--repa_weight", type=real, default=0.5, help="weight of the alignment loss")
     add("--repa_layer", type=positive, default=8, help="the transformer's block that is aligned, from 1")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--max_train_steps", type=positive, required=True)
-    add("--train_batch_size", type=positive, default=16, help="images a process")
-    add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help="8bit: bitsandbytes")
-    add("--learning_rate", type=real, default=1e-4)
-    add("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant")
-    add("--lr_warmup_steps", type=integer, default=0)
-    add("--adam_beta1", type=fraction, default=0.9)
-    add("--adam_beta2", type=fraction, default=0.999)
-    add("--adam_weight_decay", type=real, default=0.0)
-    add("--adam_epsilon", type=real, default=1e-8)
-    add("--max_grad_norm", type=real, default=1.0, help="gradients are clipped to it; 0 does not clip")
+    add("--max_train_steps", type=positive, required=True, help="optimisation steps of the whole run")
+    add("--train_batch_size", type=positive, default=16, help="images per process and accumulation step")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="parts that a process's batch is made of")
+    optimizers = "adamw_8bit needs bitsandbytes"
+    add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
+    add("--learning_rate", type=real, default=1e-4, help="at its highest")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes")
+    add("--lr_warmup_steps", type=integer, default=0, help="steps in which it rises from 0")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of their squares' mean")
+    add("--adam_weight_decay", type=real, default=0.0, help="decoupled weight decay")
+    add("--adam_epsilon", type=real, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=real, default=1.0, help="norm to which gradients are clipped; 0 does not clip")
     add("--spike_factor", type=real, help="skip updates whose gradient norm is above this multiple of its mean")
-    add("--max_skipped_steps", type=integer, default=20, help="in a row, for NaN, infinity or spikes; then it stops")
+    add(
+        "--max_skipped_steps",
+        type=integer,
+        default=20,
+        help="skipped updates in a row (NaN, infinity, spikes) to bear",
+    )
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: that of `accelerate config`")
-    add("--use_ema", action="store_true", default=True, help="always on but for --no_ema: average the weights")
-    add("--no_ema", dest="use_ema", action="store_false")
-    add("--ema_decay", type=fraction, nargs="+", default=[0.9999], help="of the averages; the first is the result")
-    add("--seed", type=integer, default=0)
+    add("--ema", action=switch, default=True, help="average the weights; the averages are the result")
+    add(
+        "--ema_decay",
+        type=fraction,
+        nargs="+",
+        default=[0.9999],
+        help="decays of the averages; the first is the result",
+    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of everything random")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", required=True)
-    add("--checkpointing_steps", type=positive, default=500)
-    add("--checkpoints_total_limit", type=positive, help="keep no more than these")
+    add("--output_dir", required=True, help="folder of the run")
+    add("--checkpointing_steps", type=positive, default=500, help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=positive, help="checkpoints to keep; default: all")
     add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
-    add("--validation_steps", type=integer, default=1000, help="a sample grid every so many steps; 0 is never")
-    add("--evaluation_samples", type=integer, default=0, help="of every stage, for metrics beside the grid; 0 is none")
+    add("--validation_steps", type=integer, default=1000, help="steps between sample grids; 0 draws none")
+    add(
+        "--evaluation_samples",
+        type=integer,
+        default=0,
+        help="samples per stage for metrics beside the grid; 0 is none",
+    )
     add("--evaluation_reference", help="what they are compared with: a folder of images, an .npz of ADM, or a dataset")
     add("--evaluation_extractor", default="inception", help="inception, or a vision model of transformers")
-    add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard")
-    add(
-        "--push_to_hub",
-        action=switch,
-        default=False,
-        help="push the result with a model card; a failed push is a warning",
-    )
+    add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="tracker of the logs")
+    add("--push_to_hub", action=switch, default=False, help="push the result with a card; a failed push is a warning")
     add("--hub_model_id", help="repository; default: the name of --output_dir")
     add("--hub_license", help="licence of the model for its card, such as apache-2.0")
     add("--hub_private_repo", action=switch, default=None, help="make a new repository private")
@@ -169,26 +148,28 @@ def build_parser(description: str) -> Parser:
         "--hub_push_checkpoints",
         action=switch,
         default=False,
-        help="push at every checkpoint as well, beside the training",
+        help="push at every checkpoint, while training continues",
     )
-    add("--peak_tflops", type=real, help="of one device, for the MFU; default: a table of GPUs in flops.py")
+    add("--peak_tflops", type=real, help="of one device, for the MFU; default: a table of GPUs in training/flops.py")
     return parser
 
 
 def recipe_arguments(path: str, parser: Parser) -> list[str]:
     """A recipe as the flags that it stands for, so that both are checked alike."""
+    import yaml
+
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"--recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "recipe", "center_crop")}
-    flags = []
+    if not isinstance(recipe or {}, dict):
+        raise BadInput(f"--recipe {path} must hold options, one `name: value` per line")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "recipe")}
+    flags: list[str] = []
     for name, value in (recipe or {}).items():
         if name not in known:
-            raise BadInput(f"--recipe {path} has {name!r}, which is no option of this script")
-        if isinstance(value, bool) and name == "use_ema":
-            flags += [] if value else ["--no_ema"]
-        elif isinstance(value, bool):
+            raise BadInput(f"--recipe {path} has {name!r}, which is no option of this command")
+        if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -197,24 +178,29 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
     return flags
 
 
-def parse_args(argv: list[str], description: str) -> argparse.Namespace:
-    parser = build_parser(description)
-    finder = Parser(add_help=False, allow_abbrev=False)
+def parse_args(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = build_parser(description or "")
+    finder = Parser(add_help=False)
     finder.add_argument("--recipe")
     recipe = finder.parse_known_args(argv)[0].recipe
     args = parser.parse_args([*(recipe_arguments(recipe, parser) if recipe else []), *argv])
+    check_options(args)
+    return args
 
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses options that contradict each other, or need a package that is missing; fills in `--train`."""
     if sum(getattr(args, name) is not None for name in ("train_data_dir", "dataset_name", "latents_dir")) != 1:
         raise BadInput("give one of --train_data_dir, --dataset_name and --latents_dir")
     for name in ("train_data_dir", "latents_dir"):
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     if args.latents_dir is not None and args.streaming:
-        raise BadInput("--latents_dir is not for --streaming: cached latents are read as training goes on anyway")
+        raise BadInput("--latents_dir is not for --streaming: cached latents are read during training anyway")
     if args.repa_encoder is not None and (args.repa_encoder == "cached") != (args.latents_dir is not None):
         raise BadInput(
             "--repa_encoder names a model for images, and is `cached` for --latents_dir: cached latents hold no images, "
-            "but their features where cache_latents.py was given --repa_encoder"
+            "but their features where `diffusers-dod cache` was given --repa_encoder"
         )
     if (args.evaluation_samples > 0) != (args.evaluation_reference is not None):
         raise BadInput("--evaluation_samples and --evaluation_reference need each other")
@@ -233,12 +219,10 @@ def parse_args(argv: list[str], description: str) -> argparse.Namespace:
         raise BadInput(f"--train {','.join(args.train)} and --lora_rank {args.lora_rank} do not fit: LoRA needs both")
     if args.train != ["all"] and args.pretrained_model_name_or_path is None:
         raise BadInput(f"--train {','.join(args.train)} needs a trained model: --pretrained_model_name_or_path")
-    for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if args.report_to == name and not available():
-            raise BadInput(f"{name} is not installed: `pip install {name}`, or pass --report_to none")
-    if args.optimizer == "adamw_8bit" and not is_bitsandbytes_available():
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise BadInput(f"{args.report_to} is not installed: `pip install {args.report_to}`, or pass --report_to none")
+    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise BadInput("--optimizer adamw_8bit needs bitsandbytes: `pip install bitsandbytes`, or take adamw_fused")
-    return args
 
 
 def resolve_objective(args: argparse.Namespace) -> None:
@@ -257,20 +241,3 @@ def resolve_objective(args: argparse.Namespace) -> None:
         elif not applies:
             setting = f"--timestep_density {density}" if flow else f"--prediction_type {args.prediction_type}"
             raise BadInput(f"--{name} means nothing with {setting}: leave it out")
-
-
-def describe_environment() -> dict:
-    """Versions and, where this script is in a git checkout, its commit and whether files differ from it."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return {"versions": versions, "git": None}
-    return {"versions": versions, "git": {"commit": commit.stdout.strip(), "changed": changes.stdout.splitlines()}}

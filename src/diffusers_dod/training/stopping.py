@@ -1,7 +1,12 @@
-"""Ending a training well when it is told to stop."""
+"""Ending a training well when it is asked to stop, or when its launcher has died."""
 
+import os
 import signal
 from types import FrameType
+
+
+# `accelerate launch` and `torchrun` set these for the processes that they start.
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 class StopRequest:
@@ -10,15 +15,25 @@ class StopRequest:
     with StopRequest() as stop:
         while not stop.signal:
             ...
+
+    A launcher that ends leaves its processes behind: `signal` is then SIGTERM as well.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
-        self.signal: signal.Signals | None = None
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that asks to stop, if any."""
+        if self._received is None and self._launcher not in (None, os.getppid()):
+            return signal.SIGTERM
+        return self._received
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self._received = signal.Signals(number)
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 

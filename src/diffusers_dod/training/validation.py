@@ -1,15 +1,34 @@
-"""Metrics of a model in training: a few samples of every stage against a reference."""
+"""How a model in training looks: a grid of samples, and metrics of a few samples of every stage against a reference."""
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers.utils import make_image_grid
 
-from diffusers_dod import DoDPipeline
-
+from ..cli import BadData, first_line
 from ..evaluation import ImageSet, InceptionExtractor, TransformersExtractor, evaluate, extract_features
+from ..pipeline_dod import DoDPipeline
 from ..randomness import row_generators
+
+
+def draw_grid(pipeline: DoDPipeline, accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
+    """Writes a grid of samples of the first classes, stage by stage, always from the same noise."""
+    known: list[int | None] = [*range(min(pipeline.transformer.config.num_classes, 8))]
+    class_ids = known or [None] * 8
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(class_ids))]
+    with accelerator.autocast():
+        stages = pipeline.to(accelerator.device)(class_ids, generator=generators, return_stages=True).stages
+    grid = make_image_grid([image for stage in stages for image in stage], rows=len(stages), cols=len(class_ids))
+    path = Path(args.output_dir, "samples", f"step_{step}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.array(grid)[None]}, step=step, **options)
 
 
 class _Drawn:
@@ -27,7 +46,7 @@ class TrainingEvaluation:
     """Draws always the same noise for the same balanced classes, so that a curve shows the model alone.
 
     Args:
-        args: the script's options `evaluation_samples`, `evaluation_reference`, `evaluation_extractor`, `train_batch_size`,
+        args: the options `evaluation_samples`, `evaluation_reference`, `evaluation_extractor`, `train_batch_size`,
             `resolution` and `seed`.
         device (`torch.device`): where the extractor runs.
 
@@ -38,7 +57,7 @@ class TrainingEvaluation:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args = args
         if args.evaluation_extractor == "inception":
-            self.extractor = InceptionExtractor()
+            self.extractor: torch.nn.Module = InceptionExtractor()
         else:
             self.extractor = TransformersExtractor(args.evaluation_extractor)
         self.extractor.to(device)
@@ -53,12 +72,22 @@ class TrainingEvaluation:
             indices = range(start, min(start + self.args.train_batch_size, count))
             labels = [index % num_classes if num_classes else None for index in indices]
             generators = row_generators(self.args.seed, 0, indices)
-            stages = pipeline(labels, generator=generators, output_type="np", return_stages=True).stages
+            _, stages = pipeline(labels, generator=generators, output_type="np", return_stages=True, return_dict=False)
             for number, images in enumerate(stages, start=1):
                 drawn.setdefault(number, []).append((images * 255).round().astype(np.uint8))
         metrics = {}
         for number, images in drawn.items():
             features = extract_features(_Drawn(np.concatenate(images)), self.extractor, self.args.train_batch_size)
-            for result in evaluate(features, self.reference, self.reference_features, self.extractor.label):
+            for result in evaluate(features, self.reference, self.reference_features, str(self.extractor.label)):
                 metrics[f"evaluation/{result['metric']}_stage_{number}"] = result["value"]
         return metrics
+
+
+def build_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> TrainingEvaluation | None:
+    """What `--evaluation_samples` asks for, in the main process."""
+    if not args.evaluation_samples or not accelerator.is_main_process:
+        return None
+    try:
+        return TrainingEvaluation(args, accelerator.device)
+    except (ValueError, OSError, ImportError) as error:
+        raise BadData(f"--evaluation_reference, --evaluation_extractor: {first_line(error)}") from error
