@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise BadInput(message)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
 
         def spell(argument: str) -> str:

@@ -6,14 +6,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 
-def end_together(accelerator: Accelerator) -> None:
-    """Waits for all processes and ends their group; the last call of a command.
+def drain_process_group() -> None:
+    """Waits until nothing of a collective is left in any process; call it before gloo's process group ends.
 
-    With gloo a process can wait for itself for ever (seen with PyTorch 2.13): the group's end joins gloo's threads while it
-    holds the interpreter's lock, which such a thread still needs to let go of the last collective's tensors. Sleeping
-    hands the lock over.
+    Else a process can wait for itself for ever (seen with PyTorch 2.13): the group's end joins gloo's threads while it holds
+    the interpreter's lock, which such a thread still needs to let go of the last collective's tensors. Sleeping hands the
+    lock over.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.barrier()
         time.sleep(0.1)
+
+
+def end_together(accelerator: Accelerator) -> None:
+    """Ends the trackers and the process group; the last call of a command."""
+    drain_process_group()
     accelerator.end_training()
