@@ -134,7 +134,7 @@ def sample(pipe: DoDPipeline, labels: torch.Tensor, seed: int, **stages) -> list
 
 
 def save_grid(stages: list[torch.Tensor], path: Path) -> None:
-    """Writes a picture of the first ten digits, one class a column and one stage a row."""
+    """Writes a picture of the first ten digits, one class per column and one stage per row."""
     to_pictures = VaeImageProcessor().postprocess
     stage_grid([to_pictures(stage[:10], output_type="pil") for stage in stages]).save(path)
 
