@@ -14,12 +14,7 @@ import diffusers_dod
 
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("model_card.md",)]
-SOURCES = [
-    *ROOT.glob("src/**/*.py"),
-    *ROOT.glob("examples/**/*.py"),
-    *ROOT.glob("study/*.py"),
-    *ROOT.glob("benchmarks/*.py"),
-]
+SOURCES = [path for top in ("src", "examples", "study", "benchmarks") for path in ROOT.glob(f"{top}/**/*.py")]
 CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/[\w/]+\.py) "([^"]+)"\)( ¹)?')
 
 
