@@ -22,8 +22,8 @@ bench: $(VENV)/installed
 
 # The study on digits, again, and how its figures lie to the committed ones; under an hour on two cores.
 evidence: $(VENV)/installed
-	$(VENV)/bin/python examples/study/study.py digits --output_dir outputs/study
-	$(VENV)/bin/python examples/study/report.py digits --output_dir outputs/study --compare
+	$(VENV)/bin/python study/study.py digits --output_dir outputs/study
+	$(VENV)/bin/python study/report.py digits --output_dir outputs/study --compare
 
 # Wheel and sdist, and the quickstart's sampling from the wheel in an empty environment.
 release-check: $(VENV)/installed
@@ -36,7 +36,7 @@ diffusers-tests: $(VENV)/installed
 # Byte-compiling every installed file would take a fifth of the whole set-up; Python compiles what it imports, once, unless
 # it is told to keep nothing.
 unexport PYTHONDONTWRITEBYTECODE
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,space,test]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,demo,test]"
 	touch $@

@@ -12,7 +12,7 @@ whole and run in bfloat16. `--rows` takes some groups only:
     memory          peak memory and time of a training step with gradient checkpointing against without
     compile         compiled blocks against eager ones, fused q/k/v projections against separate ones
     bfloat16        bfloat16 autocast against float32
-    loop            a step of `examples/train_dod.py` against its models' own work, models so small that the rest shows
+    loop            a step of `diffusers-dod train` against its models' own work, models so small that the rest shows
     cached_loading  the wait for cached latents against the training step
     import          `import diffusers_dod` after the classes of diffusers that it needs, against importing those
     loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights

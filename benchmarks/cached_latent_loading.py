@@ -19,7 +19,7 @@ from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
 from diffusers_dod.data.cache import CachedLatents, sample_posterior, select_flip
 from diffusers_dod.data.cache_writing import LatentCacheWriter, cache_settings
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.objective import count_prior_rows, dod_loss, drop_labels, flow_example
+from diffusers_dod.training import count_prior_rows, dod_loss, drop_labels, flow_example
 
 
 def write_random_cache(folder: str, count: int, shard_size: int) -> AutoencoderKL:

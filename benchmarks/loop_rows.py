@@ -1,4 +1,4 @@
-"""What a step of `examples/train_dod.py` takes beyond the work of its models."""
+"""What a step of `diffusers-dod train` takes beyond the work of its models."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ SHORT, LONG = 20, 120
 
 def loop_rows(args) -> dict[str, Ratio | float]:
     """Steps of the script on cached latents, from runs of two lengths, against bare steps of the same models."""
-    from train_dod import main
+    from diffusers_dod.training.__main__ import main
 
     batch = 8 if args.device == "cpu" else args.batch_size
     with tempfile.TemporaryDirectory() as folder:

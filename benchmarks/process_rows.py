@@ -11,7 +11,7 @@ from cached_latent_loading import measure_loading
 from interleaved import Ratio, compare, seconds
 from workloads import backbone_step, inputs, make_models, precision
 
-from diffusers_dod.training.objective import dod_loss, flow_example
+from diffusers_dod.training import dod_loss, flow_example
 
 
 def _in_processes(function, *arguments_of_each):

@@ -7,9 +7,9 @@ import diffusers
 import torch
 
 from diffusers_dod import DoDLatentEmbedder, DoDTransformer2DModel
-from diffusers_dod.training.flops import transformer_flops
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.objective import count_prior_rows, dod_loss, flow_example
+from diffusers_dod.training import count_prior_rows, dod_loss, flow_example
+from diffusers_dod.training.flops import transformer_flops
 
 
 def make_models(

@@ -15,9 +15,9 @@ from data_sets import DataSet
 from diffusers.image_processor import VaeImageProcessor
 from experiments import STAGE, STUDIES
 from measure_model import Setting, sample, sample_labels
-from study import load_pipeline
 
 from diffusers_dod.viz import stage_grid
+from study import load_pipeline
 
 
 DOCS = Path(__file__).parents[2] / "docs"

