@@ -1,4 +1,4 @@
-"""The originals that `diffusers_dod.conversion` converts: the parity data of `tests/data`, and diffusers' DiT itself."""
+"""The originals that `diffusers_dod.conversion` converts: the parity data of `conversion/checkpoints`, and diffusers' DiT itself."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from safetensors import safe_open
 from diffusers_dod.conversion import convert_backbone
 
 
-DATA = Path(__file__).parent / "data"
+CHECKPOINTS = Path(__file__).parent / "conversion" / "checkpoints"
 
 
 class Original(NamedTuple):
-    """A file of `tests/data`: `weights` under the original names, the other tensors, and what `convert_backbone` takes."""
+    """A file of `conversion/checkpoints`: `weights` under the original names, the other tensors, and what `convert_backbone` takes."""
 
     weights: dict
     tensors: dict
@@ -26,7 +26,7 @@ class Original(NamedTuple):
 
 
 def load_original(name):
-    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+    with safe_open(CHECKPOINTS / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         heads = int(file.metadata()["num_attention_heads"])
     weights = {key.removeprefix("weights."): tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 
 from diffusers_dod.layers import (
     DoDAttention,
+    DoDRotaryEmbedding,
     DoDTransformerBlock,
     patchify,
-    rotary_embedding_2d,
     swiglu_feed_forward,
     unpatchify,
 )
+
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
@@ -50,7 +53,7 @@ def test_patchify_refuses_a_size_the_patch_does_not_divide(size):
 @pytest.mark.parametrize(("head_dim", "theta"), [(4, 10000.0), (16, 10000.0), (12, 100.0)])
 def test_rotary_table(head_dim, theta):
     rows, columns, half = 3, 5, head_dim // 2
-    cos, sin = rotary_embedding_2d(rows, columns, head_dim, theta, torch.device("cpu"))
+    cos, sin = DoDRotaryEmbedding(head_dim, theta)(rows, columns, CPU)
     assert cos.dtype == sin.dtype == torch.float32
     for row in range(rows):
         for column in range(columns):
@@ -60,6 +63,38 @@ def test_rotary_table(head_dim, theta):
                 angle = position * theta ** (-2 * pair / half)
                 assert cos[row * columns + column, channel].item() == pytest.approx(math.cos(angle), abs=1e-6)
                 assert sin[row * columns + column, channel].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_rotary_positions_need_heads_of_a_multiple_of_4():
+    with pytest.raises(ValueError, match="`attention_head_dim` is 6; 2D rotary positions need a multiple of 4"):
+        DoDRotaryEmbedding(6, 10000.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_attention_turns_queries_and_keys_alone(dtype, fused):
+    """As complex numbers, also where queries and keys are slices of a fused projection."""
+    torch.manual_seed(0)
+    attention, hidden_states = DoDAttention(heads=2, dim_head=8).to(dtype), torch.randn(2, 12, 16).to(dtype)
+    row, column = torch.arange(3).repeat_interleave(4), torch.arange(4).repeat(3)
+    angles = torch.stack([row, row / 100, column, column / 100], dim=-1)  # 10000 to the power of -1/2 is 1/100
+
+    def turned(norm, projection):
+        pairs = norm(projection(hidden_states).unflatten(-1, (2, 8))).float().unflatten(-1, (4, 2))
+        rotations = torch.polar(torch.ones(12, 4), angles).unsqueeze(1)
+        return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(dtype)
+
+    query, key = turned(attention.norm_q, attention.to_q), turned(attention.norm_k, attention.to_k)
+    value = attention.to_v(hidden_states).unflatten(-1, (2, 8))
+    mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+    expected = attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+    if fused:
+        attention.fuse_projections()
+        assert attention.fused_projections
+    output = attention(hidden_states, DoDRotaryEmbedding(8, 10000.0)(3, 4, CPU))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
 def _window(tables, grid_columns, top, left, rows=3, columns=4):
@@ -74,7 +109,7 @@ def test_attention_depends_on_relative_position_only():
     torch.manual_seed(0)
     attention = DoDAttention(heads=2, dim_head=8)
     hidden_states = torch.randn(2, 12, 16)
-    tables = rotary_embedding_2d(9, 11, 8, 10000.0, torch.device("cpu"))
+    tables = DoDRotaryEmbedding(8, 10000.0)(9, 11, CPU)
     at_origin = attention(hidden_states, _window(tables, 11, 0, 0))
     moved = attention(hidden_states, _window(tables, 11, 5, 6))
     torch.testing.assert_close(moved, at_origin, atol=1e-5, rtol=1e-5)
@@ -85,7 +120,7 @@ def test_attention_sees_rows_and_columns():
     attention = DoDAttention(heads=2, dim_head=8)
     hidden_states = torch.randn(1, 12, 16)
     outputs = [
-        attention(hidden_states, rotary_embedding_2d(*grid, 8, 10000.0, torch.device("cpu")))
+        attention(hidden_states, DoDRotaryEmbedding(8, 10000.0)(*grid, CPU))
         for grid in [(3, 4), (4, 3), (1, 12), (12, 1)]
     ]
     for i, output in enumerate(outputs):
@@ -99,7 +134,7 @@ def test_queries_and_keys_are_normalized_without_parameters():
     assert not list(attention.norm_q.parameters()) and not list(attention.norm_k.parameters())
     assert attention.norm_q.eps == attention.norm_k.eps == 1e-6
     hidden_states = torch.randn(1, 12, 16)
-    tables = rotary_embedding_2d(3, 4, 8, 10000.0, torch.device("cpu"))
+    tables = DoDRotaryEmbedding(8, 10000.0)(3, 4, CPU)
     expected = attention(hidden_states, tables)
     with torch.no_grad():
         for linear in (attention.to_q, attention.to_k):
@@ -121,7 +156,7 @@ def test_block_modulation_is_shared_plus_low_rank():
     block = DoDTransformerBlock(num_attention_heads=2, attention_head_dim=8, mlp_ratio=4.0, adaln_rank=4)
     torch.nn.init.normal_(block.adaln_up.weight)
     hidden_states, conditioning, modulation = torch.randn(2, 12, 16), torch.randn(2, 16), torch.randn(2, 96)
-    tables = rotary_embedding_2d(3, 4, 8, 10000.0, torch.device("cpu"))
+    tables = DoDRotaryEmbedding(8, 10000.0)(3, 4, CPU)
     expected = block(hidden_states, conditioning, modulation, tables)
     # The block's own part, moved into the shared one
     own = block.adaln_up(block.adaln_down(conditioning))

@@ -4,9 +4,10 @@ import multiprocessing
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusers_dod.processes import drain_process_group
+from diffusers_dod.processes import drain_process_group, end_together
 
 
 ROUNDS = 20
@@ -43,3 +44,4 @@ def test_two_processes_end_every_time(tmp_path):
 
 def test_one_process_has_nothing_to_wait_for():
     drain_process_group()
+    end_together(Accelerator())

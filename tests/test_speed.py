@@ -1,17 +1,13 @@
-"""What makes the models and the pipeline fast: the fast paths compute what the plain ones do, and only once."""
+"""What keeps the models and the pipeline fast on a device: nothing waits for it, nothing is copied to it step by step."""
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.embeddings import apply_rotary_emb
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_dod.layers import rotary_embedding_2d, rotate, sincos_embedding_2d
 
-
-CPU = torch.device("cpu")
 SINCOS = {"pos_embed_type": "sincos", "base_size": 4}
 
 
@@ -20,89 +16,56 @@ def make_inputs(seed=0):
     return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([100.0, 900.0]), torch.tensor([3, 10])
 
 
-# --- rotary positions
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fused", [False, True])
-def test_rotation_is_diffusers_own(dtype, fused):
-    """Also where queries and keys are slices of a fused projection."""
-    torch.manual_seed(0)
-    projected = torch.randn(2, 12, 3 * 16, dtype=dtype).chunk(3, dim=-1)
-    if not fused:
-        projected = [part.contiguous() for part in projected]
-    query, key = (part.unflatten(-1, (2, 8)) for part in projected[:2])
-    tables = rotary_embedding_2d(3, 4, 8, 10000.0, CPU)
-    for turned, x in zip(rotate(query, key, tables), (query, key)):
-        assert turned.dtype == dtype
-        expected = apply_rotary_emb(x, tables, sequence_dim=1)
-        torch.testing.assert_close(turned, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_gradient_of_the_rotation_is_diffusers_own():
-    torch.manual_seed(0)
-    tables = rotary_embedding_2d(3, 4, 8, 10000.0, CPU)
-    query, key, weight = (torch.randn(2, 12, 2, 8, requires_grad=True) for _ in range(3))
-    plain = [(apply_rotary_emb(x, tables, sequence_dim=1) * weight).sum() for x in (query, key)]
-    fast = [(turned * weight).sum() for turned in rotate(query, key, tables)]
-    for x, plain_sum, fast_sum in zip((query, key), plain, fast):
-        (expected,) = torch.autograd.grad(plain_sum, x)
-        (gradient,) = torch.autograd.grad(fast_sum, x)
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
-
-
-# --- tables of positions
-
-
-def test_tables_are_made_once_a_grid_and_device():
-    first = rotary_embedding_2d(5, 7, 8, 10000.0, CPU)
-    assert rotary_embedding_2d(5, 7, 8, 10000.0, CPU) is first
-    assert sincos_embedding_2d(5, 7, 16, 4, CPU) is sincos_embedding_2d(5, 7, 16, 4, CPU)
-    others = [(7, 5, 8, 10000.0, CPU), (5, 7, 8, 100.0, CPU), (5, 7, 8, 10000.0, torch.device("meta"))]
-    for arguments in others:
-        assert rotary_embedding_2d(*arguments)[0] is not first[0]
-    assert rotary_embedding_2d(*others[-1])[0].is_meta
+# --- tables of positions, which are operations of every forward
 
 
 @pytest.mark.parametrize("overrides", [{}, SINCOS])
 @torch.no_grad()
-def test_a_second_forward_makes_no_table(overrides):
-    """Whatever became of the model; the tables stay in float32."""
+def test_a_second_forward_equals_the_first(overrides):
+    """Whatever grid and precision came between."""
     model = tiny_transformer(**overrides)
     expected = model(*make_inputs()).sample
-    for dtype in (torch.bfloat16, torch.float32):
-        model = tiny_transformer(**overrides).to(dtype)
-        with Operations() as operations:
-            sample = model(make_inputs()[0].to(dtype), *make_inputs()[1:]).sample
-        assert operations.names.count("aten.sin.default") == 1  # the timestep's
-    assert torch.equal(sample, expected)
+    model(torch.randn(2, 4, 6, 10), *make_inputs()[1:])
+    tiny_transformer(**overrides).to(torch.bfloat16)(make_inputs()[0].bfloat16(), *make_inputs()[1:])
+    assert torch.equal(model(*make_inputs()).sample, expected)
 
 
-def test_tables_of_inference_mode_do_not_reach_training():
-    """Where they would be saved for the backward pass, which autograd refuses."""
-    arguments = (10, 6, 8, 10000.0, CPU)  # a grid that no other test has
+@pytest.mark.parametrize("overrides", [{}, SINCOS])
+def test_what_ran_in_inference_mode_trains(overrides):
+    """No tensor of inference mode is left, which autograd would refuse to save for the backward pass."""
+    model = tiny_transformer(**overrides)
     with torch.inference_mode():
-        assert rotary_embedding_2d(*arguments)[0].is_inference()
-    x = torch.randn(1, 60, 2, 8, requires_grad=True)
-    apply_rotary_emb(x, rotary_embedding_2d(*arguments), sequence_dim=1).sum().backward()
-    assert x.grad.isfinite().all()
+        expected = model(*make_inputs()).sample.clone()
+    sample = model(*make_inputs()).sample
+    torch.testing.assert_close(sample.detach(), expected)
+    sample.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("overrides", [{}, SINCOS])
 @torch.no_grad()
-def test_fake_tensors_leave_no_table_behind(overrides):
+def test_fake_tensors_run_and_leave_nothing_behind(overrides):
     model, latents = tiny_transformer(**overrides), torch.randn(2, 4, 14, 6)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert model(torch.empty(2, 4, 14, 6), *(torch.empty_like(x) for x in make_inputs()[1:])).sample.shape[2] == 14
     assert type(model(latents, *make_inputs()[1:]).sample) is torch.Tensor
-    with FakeTensorMode(allow_non_fake_inputs=True):  # nor do real tables get among them
+    with FakeTensorMode(allow_non_fake_inputs=True):  # nor do real tensors get among them
         model(torch.empty(2, 4, 14, 6), *(torch.empty_like(x) for x in make_inputs()[1:]))
+
+
+@pytest.mark.parametrize("build", [tiny_transformer, lambda: tiny_transformer(**SINCOS), tiny_embedder])
+@torch.no_grad()
+def test_models_run_on_the_meta_device(build):
+    """Tables are made where the latents are."""
+    model = build().to("meta")
+    inputs = [tensor.to("meta") for tensor in make_inputs()]
+    output = model(*inputs) if hasattr(model, "transformer_blocks") else model(inputs[0])
+    assert output[0].is_meta
 
 
 @pytest.mark.parametrize("overrides", [{}, SINCOS])
 @torch.no_grad()
 def test_exported_program_equals_the_model(overrides):
-    """Traced by running the model, so tables must not come from what was kept, nor be kept."""
     model = tiny_transformer(num_layers=1, sample_size=12, **overrides)
     inputs = (torch.randn(2, 4, 12, 8), *make_inputs()[1:])
     program = torch.export.export(model, inputs, kwargs={"return_dict": False}, strict=False)
@@ -139,7 +102,6 @@ WAITING = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equ
 def test_steps_do_not_wait_for_the_device():
     """Neither the pipeline nor the models; nor FlowMatchEulerDiscreteScheduler, if it is told where to begin."""
     pipe = tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
-    count_operations(pipe, 2)  # makes the tables of positions
     few, many = count_operations(pipe, 2), count_operations(pipe, 5)
     assert many["aten.addmm.default"] > few["aten.addmm.default"]
     for name in WAITING:
@@ -150,7 +112,7 @@ def test_steps_do_not_wait_for_the_device():
 
 
 @pytest.mark.parametrize("separate", [{}, {"prior_guidance_scale": 2.0}])
-def test_conditions_are_put_together_once_a_stage(separate):
+def test_only_guided_steps_have_more_rows(separate):
     pipe, labels, priors = tiny_pipeline(), [], []
 
     def watch(module, arguments, keywords):
@@ -162,9 +124,7 @@ def test_conditions_are_put_together_once_a_stage(separate):
     pipe([1, 3], guidance_scale=2.0, **separate, **options)
     parts = 3 if separate else 2
     assert [len(rows) for rows in labels] == [2, 2, 4, 4, 4, 2] + [2, 2, *[2 * parts] * 3, 2]
-    for stage in (0, 6):
-        for kept in (labels, priors):
-            assert len({id(tensor) for tensor in kept[stage : stage + 6]}) == (1 if kept[stage] is None else 2)
+    assert priors[:6] == [None] * 6 and [len(rows) for rows in priors[6:]] == [len(rows) for rows in labels[6:]]
 
 
 def test_a_prior_that_a_callback_changes_in_place_is_seen():

@@ -8,7 +8,7 @@ from original_models import diffusers_dit, load_original, relative_error
 from peft import LoraConfig
 
 from diffusers_dod.conversion import convert_backbone
-from diffusers_dod.conversion.command import make_scheduler
+from diffusers_dod.conversion.converting import make_scheduler
 from diffusers_dod.training.objective import dod_loss, flow_example
 
 

@@ -1,4 +1,4 @@
-"""`python -m diffusers_dod.convert`: a checkpoint's file or folder becomes a whole pipeline."""
+"""`diffusers-dod convert`: a checkpoint's file or folder becomes a whole pipeline."""
 
 import subprocess
 import sys
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.conversion import convert_backbone
-from diffusers_dod.conversion.command import imagenet_labels, main
+from diffusers_dod.conversion.__main__ import main
+from diffusers_dod.conversion.converting import imagenet_labels
 
 
 def assert_same_weights(model, other):
@@ -23,10 +24,9 @@ def assert_same_weights(model, other):
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
+    status = main([str(argument) for argument in arguments])
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("\n") == 1 and message.startswith("convert: error: ")
+    assert status == 2 and message.count("\n") == 1 and message.startswith("diffusers-dod convert: error: ")
     return message
 
 
@@ -37,8 +37,15 @@ def test_as_a_command(tmp_path):
     weights = original.weights | {"y_embedder.embedding_table.weight": table}
     torch.save({"ema": weights}, tmp_path / "model.pt")
     tiny_vae().save_pretrained(tmp_path / "vae")
-    command = [sys.executable, "-m", "diffusers_dod.convert", "sit", tmp_path / "model.pt", tmp_path / "new/pipeline"]
-    command += ["--num_attention_heads", "4", "--vae", tmp_path / "vae"]
+    command = [sys.executable, "-m", "diffusers_dod", "convert", "sit"]
+    command += [
+        tmp_path / "model.pt",
+        tmp_path / "new/pipeline",
+        "--num_attention_heads",
+        "4",
+        "--vae",
+        tmp_path / "vae",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for part in ("sit: ", "patch 2, width 32, 2 blocks, 4 heads, 1000 classes", "4x4 grid", "nested under 'ema'"):
@@ -74,7 +81,7 @@ def test_pipeline_folder(name, scheduler, tmp_path):
     original = load_original(name)
     save_file(original.weights, tmp_path / "model.safetensors")
     options = [f"--{key}={value}" for key, value in original.options.items()]
-    main([original.source, str(tmp_path / "model.safetensors"), str(tmp_path / "output"), *options])
+    assert main([original.source, str(tmp_path / "model.safetensors"), str(tmp_path / "output"), *options]) == 0
 
     pipe = DoDPipeline.from_pretrained(tmp_path / "output")
     pipe.set_progress_bar_config(disable=True)
@@ -103,7 +110,7 @@ def test_diffusers_folder(form, tmp_path, capsys):
         reference.save_pretrained(folder, max_shard_size=shard_size, safe_serialization=form != "pickle")
     if form == "shards":
         assert len(list(folder.glob("*.safetensors"))) > 1
-    main(["diffusers-dit", str(folder), str(tmp_path / "output")])
+    assert main(["diffusers-dit", str(folder), str(tmp_path / "output")]) == 0
     assert "2 heads" in capsys.readouterr().out
 
     pipe = DoDPipeline.from_pretrained(tmp_path / "output")
@@ -121,7 +128,7 @@ def test_embedder_preset(options, width, tmp_path):
     original = load_original("dit")
     save_file(original.weights, tmp_path / "model.safetensors")
     heads = ["--num_attention_heads", "2"]
-    main(["dit", str(tmp_path / "model.safetensors"), str(tmp_path / "output"), *heads, *options])
+    assert main(["dit", str(tmp_path / "model.safetensors"), str(tmp_path / "output"), *heads, *options]) == 0
     config = DoDPipeline.from_pretrained(tmp_path / "output").latent_embedder.config
     assert config.num_attention_heads * config.attention_head_dim == width
     assert (config.output_dim, config.patch_size, config.sample_size) == (32, 2, 8)
@@ -131,7 +138,9 @@ def test_head_count_of_a_published_width(tmp_path, capsys):
     """One block of width 384 is told to have S's 6 heads; a width that nobody published is refused."""
     reference = diffusers_dit(num_classes=1, num_layers=1, num_attention_heads=4, attention_head_dim=96)
     save_file(reference.state_dict(), tmp_path / "s.safetensors")
-    main(["diffusers-dit", str(tmp_path / "s.safetensors"), str(tmp_path / "output"), "--sample_size", "8"])
+    assert (
+        main(["diffusers-dit", str(tmp_path / "s.safetensors"), str(tmp_path / "output"), "--sample_size", "8"]) == 0
+    )
     assert "6 heads" in capsys.readouterr().out
     save_file(load_original("dit").weights, tmp_path / "tiny.safetensors")
     message = refused(capsys, "dit", tmp_path / "tiny.safetensors", tmp_path / "other")

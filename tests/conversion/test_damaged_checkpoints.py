@@ -9,7 +9,7 @@ from original_models import diffusers_dit, load_original
 from safetensors.torch import save_file
 
 from diffusers_dod.conversion import convert_backbone
-from diffusers_dod.conversion.command import main
+from diffusers_dod.conversion.__main__ import main
 
 
 NAMES = ["sit", "dit", "fitv2"]
@@ -204,10 +204,9 @@ class RunsWhenLoaded:
 
 def refused_by_the_command(checkpoint, tmp_path, capsys, source="dit"):
     output = tmp_path / "output"
-    with pytest.raises(SystemExit) as caught:
-        main([source, str(checkpoint), str(output), "--num_attention_heads", "2"])
+    status = main([source, str(checkpoint), str(output), "--num_attention_heads", "2"])
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("\n") == 1 and message.startswith("convert: error: ")
+    assert status == 2 and message.count("\n") == 1 and message.startswith("diffusers-dod convert: error: ")
     assert not output.exists() and not list(tmp_path.glob(".output*"))
     return message
 
@@ -256,7 +255,10 @@ def test_the_command_lists_what_is_wrong(tmp_path, capsys):
 def test_torch_file_that_is_called_safetensors(tmp_path):
     """FiT's repository has such."""
     torch.save(load_original("fitv2").weights, tmp_path / "model.safetensors")
-    main(["fitv2", str(tmp_path / "model.safetensors"), str(tmp_path / "output"), "--num_attention_heads", "2"])
+    assert (
+        main(["fitv2", str(tmp_path / "model.safetensors"), str(tmp_path / "output"), "--num_attention_heads", "2"])
+        == 0
+    )
     assert (tmp_path / "output" / "model_index.json").is_file()
 
 
@@ -265,6 +267,6 @@ def test_training_checkpoint_with_its_command_line(tmp_path, capsys):
     weights, path = load_original("dit").weights, tmp_path / "0050000.pt"
     arguments = argparse.Namespace(model="DiT-XL/2", epochs=1400)
     torch.save({"model": weights, "ema": weights, "opt": {"state": {}, "param_groups": []}, "args": arguments}, path)
-    main(["dit", str(path), str(tmp_path / "output"), "--num_attention_heads", "2"])
+    assert main(["dit", str(path), str(tmp_path / "output"), "--num_attention_heads", "2"]) == 0
     assert "nested under 'ema'" in capsys.readouterr().out
     assert (tmp_path / "output" / "model_index.json").is_file()

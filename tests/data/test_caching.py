@@ -1,10 +1,8 @@
-"""The real `examples/cache_latents.py`: killed and continued, by one process and by two, and trained from."""
+"""The real `diffusers-dod cache`: killed and resumed, by one process and by two, and trained from."""
 
-import importlib.util
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import socket
@@ -22,22 +20,15 @@ from torch.utils.data import default_collate
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTImageProcessor
 
 from diffusers_dod.autoencoding import encode_images
+from diffusers_dod.cli import BadInput
+from diffusers_dod.data.__main__ import cache_latents, main
 from diffusers_dod.data.cache import CachedLatents, sample_posterior, select_flip
+from diffusers_dod.data.features import REPAEncoder
 from diffusers_dod.data.images import collate_images, load_labelled_images
 from diffusers_dod.training.objective import dod_loss, flow_example
-from diffusers_dod.training.repa import REPAEncoder
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "cache_latents.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("cache_latents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)  # as in the processes below: the order of a sum changes its last bits
-    return module
+torch.set_num_threads(1)  # as in the processes below: the order of a sum changes its last bits
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +59,18 @@ def arguments(made, output_dir, *args, vae="kl") -> list[str]:
     return [str(option) for option in (*options, "--output_dir", output_dir, *args)]
 
 
-def run_script(argv: list[str], log: Path, environment: dict[str, str]) -> None:
+def run_command(argv: list[str], log: Path, environment: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = [str(SCRIPT), *argv]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.exit(main(argv))
 
 
 def start(argv: list[str], log: Path, environment: dict[str, str] | None = None):
-    process = process_context().Process(target=run_script, args=(argv, log, environment or {}))
+    process = process_context().Process(target=run_command, args=(argv, log, environment or {}))
     process.start()
     return process
 
@@ -97,9 +88,9 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_killed_and_continued_by_other_numbers_of_processes_it_ends_the_same(script, made, tmp_path):
+def test_killed_and_resumed_by_other_numbers_of_processes_it_ends_the_same(made, tmp_path):
     options = ("--flips", "--repa_encoder", made / "dino")
-    script.main(arguments(made, tmp_path / "whole", *options))
+    cache_latents(arguments(made, tmp_path / "whole", *options))
     whole = contents(tmp_path / "whole")
     assert len(whole) == 21
 
@@ -153,11 +144,9 @@ def loss_of(latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "vae, dtype, tolerance", [("kl", "float32", 1e-5), ("kl", "float16", 1e-3), ("tiny", "float32", 0)]
 )
-def test_raw_images_and_cached_latents_give_the_same_loss_for_the_same_seed(
-    script, made, tmp_path, vae, dtype, tolerance
-):
+def test_raw_images_and_cached_latents_give_the_same_loss_for_the_same_seed(made, tmp_path, vae, dtype, tolerance):
     # One batch, for a convolution's last bits may depend on the batch's size
-    script.main(
+    cache_latents(
         arguments(made, tmp_path, "--flips", "--dtype", dtype, "--batch_size", 40, "--shard_size", 64, vae=vae)
     )
     (images, labels), autoencoder = raw_batch(made), tiny_vae(vae)
@@ -186,8 +175,8 @@ def test_raw_images_and_cached_latents_give_the_same_loss_for_the_same_seed(
     assert ((raw_loss(0) / raw_loss(1) - 1).abs() > 10 * tolerance).float().mean() > 0.8
 
 
-def test_every_epoch_draws_latents_anew_around_what_the_vae_gives(script, made, tmp_path):
-    script.main(arguments(made, tmp_path))
+def test_every_epoch_draws_latents_anew_around_what_the_vae_gives(made, tmp_path):
+    cache_latents(arguments(made, tmp_path))
     batch = default_collate(list(CachedLatents(tmp_path)))
     mean, std = select_flip(batch["mean"]), select_flip(batch["std"])
     first, second = (sample_posterior(mean, std, torch.randn(mean.shape)) for _ in range(2))
@@ -199,8 +188,8 @@ def test_every_epoch_draws_latents_anew_around_what_the_vae_gives(script, made, 
 
 
 @torch.no_grad()
-def test_features_of_both_flips(script, made, tmp_path):
-    script.main(arguments(made, tmp_path, "--flips", "--dtype", "float32", "--repa_encoder", made / "dino"))
+def test_features_of_both_flips(made, tmp_path):
+    cache_latents(arguments(made, tmp_path, "--flips", "--dtype", "float32", "--repa_encoder", made / "dino"))
     batch = default_collate(list(CachedLatents(tmp_path)))
     encoder, (images, _) = REPAEncoder.from_pretrained(made / "dino"), raw_batch(made)
     assert batch["features"].shape == (40, 2, 16, 16)
@@ -208,16 +197,16 @@ def test_features_of_both_flips(script, made, tmp_path):
     torch.testing.assert_close(batch["features"][:, 1], encoder(images.flip(-1), (4, 4)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_saved_dataset_with_a_broken_image(script, made, tmp_path, capsys):
+def test_a_saved_dataset_with_a_broken_image(made, tmp_path, capsys):
     images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((made / "data").glob("*/*"))[:5]]
     images[2]["bytes"] = images[2]["bytes"][:100]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     columns = {"image": images, "label": [4, 0, 0, 0, 1]}
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
     argv = arguments(made, tmp_path / "out", "--train_data_dir", tmp_path / "saved")
-    with pytest.raises(script.BadInput, match="1 of 5 images cannot be read"):
-        script.main(argv)
-    script.main([*argv, "--on_broken_image", "skip"])
+    with pytest.raises(BadInput, match="1 of 5 images cannot be read"):
+        cache_latents(argv)
+    cache_latents([*argv, "--on_broken_image", "skip"])
     assert "Skipped 1 images" in capsys.readouterr().err
     cache = CachedLatents(tmp_path / "out")
     assert [cache[row]["id"].item() for row in range(4)] == [0, 1, 3, 4]
@@ -226,9 +215,9 @@ def test_a_saved_dataset_with_a_broken_image(script, made, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def cached(script, made, tmp_path_factory) -> Path:
+def cached(made, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cached") / "latents"
-    script.main(arguments(made, folder))
+    cache_latents(arguments(made, folder))
     return folder
 
 
@@ -260,7 +249,7 @@ def test_the_manifest_says_what_the_cache_was_made_of(cached, made):
         (["--dataset_name", "some/where"], "either --train_data_dir or --dataset_name"),
     ],
 )
-def test_other_settings_are_refused_and_change_nothing(script, made, cached, tmp_path, options, message):
+def test_other_settings_are_refused_and_change_nothing(made, cached, tmp_path, options, message):
     vae = tiny_vae("kl")
     with torch.no_grad():
         vae.encoder.conv_in.bias.add_(1)
@@ -269,15 +258,15 @@ def test_other_settings_are_refused_and_change_nothing(script, made, cached, tmp
     (tmp_path / "renamed" / "class 0" / "00.png").rename(tmp_path / "renamed" / "class 0" / "0.png")
     before = contents(cached)
     argv = arguments(made, cached, *[str(option).format(made=made, tmp=tmp_path) for option in options])
-    with pytest.raises(script.BadInput, match=message) as error:
-        script.main(argv)
+    with pytest.raises(BadInput, match=message) as error:
+        cache_latents(argv)
     assert "\n" not in str(error.value)
     assert contents(cached) == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupted", "foreign"])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_damaged_shard_is_named_and_written_anew_once_deleted(script, made, cached, tmp_path, damage, finished):
+def test_a_damaged_shard_is_named_and_written_anew_once_deleted(made, cached, tmp_path, damage, finished):
     folder = tmp_path / "latents"
     shutil.copytree(cached, folder)
     whole, path = contents(cached), sorted(folder.glob("shard-*"))[7]
@@ -286,14 +275,14 @@ def test_a_damaged_shard_is_named_and_written_anew_once_deleted(script, made, ca
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": None}))
     if damage == "foreign":
-        script.main(arguments(made, tmp_path / "other", "--flips"))
+        cache_latents(arguments(made, tmp_path / "other", "--flips"))
         content = sorted((tmp_path / "other").glob("shard-*"))[7].read_bytes()
     changed = {"truncated": content[:-9], "corrupted": content[:-9] + b"?" + content[-8:], "foreign": content}
     path.write_bytes(changed[damage])
-    with pytest.raises(script.BadInput, match=path.name):
-        script.main(arguments(made, folder))
+    with pytest.raises(BadInput, match=path.name):
+        cache_latents(arguments(made, folder))
     path.unlink()
-    script.main(arguments(made, folder))
+    cache_latents(arguments(made, folder))
     assert contents(folder) == whole
 
 
@@ -303,5 +292,5 @@ def test_a_bad_launch_ends_with_one_line_and_an_exit_code(made, tmp_path):
     output = (tmp_path / "log").read_text()
     assert process.exitcode == 2
     (line,) = [line for line in output.splitlines() if "error" in line.lower()]
-    assert line.startswith("cache_latents.py: error: ") and "nowhere" in line
+    assert line.startswith("diffusers-dod cache: error: ") and "nowhere" in line
     assert "Traceback" not in output and not (tmp_path / "out").exists()

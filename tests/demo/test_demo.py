@@ -32,11 +32,11 @@ if MISSING and os.environ.get("CI") == "true":
 if MISSING:
     pytest.skip(f"the demo's tests need {' and '.join(MISSING)}", allow_module_level=True)
 
-sys.path.insert(0, str(EXAMPLES / "space"))
 import gradio  # noqa: E402 - only where it is there
-from app import NO_CLASS, class_choices, stages_html  # noqa: E402
-from drawing import Drawing, Finished, Progress, draw, open_picture  # noqa: E402
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
+
+from diffusers_dod.demo.drawing import Drawing, Finished, Progress, draw, open_picture  # noqa: E402
+from diffusers_dod.demo.page import NO_CLASS, class_choices, stages_html  # noqa: E402
 
 
 TIMEOUT = 120_000  # milliseconds, for machines with other work to do
@@ -80,7 +80,7 @@ def address(model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, str(EXAMPLES / "space" / "app.py"), "--model", str(model)]
+    command = [sys.executable, "-m", "diffusers_dod", "demo", "--model", str(model)]
     with log.open("w") as output:
         env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)

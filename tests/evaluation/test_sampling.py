@@ -1,4 +1,4 @@
-"""`sample_dod.py` and `evaluate_dod.py`: many images that depend on nothing but the seed and their number."""
+"""`diffusers-dod sample` and `evaluate`: many images that depend on nothing but the seed and their number."""
 
 import json
 import os
@@ -14,15 +14,13 @@ import torch
 from helpers import process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
+from diffusers_dod.cli import BadInput
 from diffusers_dod.evaluation import ImageSet
+from diffusers_dod.evaluation.__main__ import main as evaluate
+from diffusers_dod.evaluation.sample import main, parse_args
+from diffusers_dod.evaluation.sampling import class_of
 from diffusers_dod.hub import check_folder
 from diffusers_dod.hub.card import build_card
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import evaluate_dod  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +37,17 @@ def sample(model, folder, *arguments, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     options = ["--num_inference_steps", "3", "--num_images", "40", "--stages", "all", *map(str, arguments)]
-    status = sample.main(["--model", str(model), "--output_dir", str(folder), *options])
+    status = main(["--model", str(model), "--output_dir", str(folder), *options])
     torch.set_num_threads(before)
     return status
 
 
-def run_script(arguments, log, environment):
+def run_command(arguments, log, environment):
     """In a process of its own."""
     os.environ.update(environment)
     sys.stderr = open(log, "w", buffering=1)
     torch.set_num_threads(1)
-    sample.main(arguments)
+    sys.exit(main(arguments))
 
 
 def contents(folder):
@@ -78,7 +76,7 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     for rank in ("0", "1"):  # as torchrun starts them
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         log = str(tmp_path / f"errors-{rank}")
-        processes.append(process_context().Process(target=run_script, args=(command, log, shared | own)))
+        processes.append(process_context().Process(target=run_command, args=(command, log, shared | own)))
         processes[-1].start()
     shares = set()
     while shares != {0, 1} and all(process.is_alive() for process in processes):
@@ -132,7 +130,7 @@ def test_other_settings_in_the_same_folder_are_refused(model, drawn, capsys):
 
 
 def test_random_classes_follow_from_the_seed():
-    args = sample.parse_args(["--model", "x", "--output_dir", "y", "--classes", "random"])
+    args = parse_args(["--model", "x", "--output_dir", "y", "--classes", "random"])
     classes = [class_of(index, 10, args) for index in range(2000)]
     assert classes == [class_of(index, 10, args) for index in range(2000)]
     assert min(np.bincount(classes)) > 150 and classes[:10] != list(range(10))
@@ -145,13 +143,12 @@ def test_random_classes_follow_from_the_seed():
         (["--stages", "3"], "must be from 1 to 2"),
         (["--stages", "first"], "neither last, all nor numbers"),
         (["--guidance_scale", "1", "2", "3"], "one for each of the 2 stages"),
-        (["--batch_size", "0"], "must be at least 1"),
+        (["--batch_size", "0"], "batch_size: 0 is not from 1"),
     ],
 )
-def test_settings_that_mean_nothing(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        sample.parse_args(["--model", "x", "--output_dir", "y", *arguments])
-    assert message in capsys.readouterr().err
+def test_settings_that_mean_nothing(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        parse_args(["--model", "x", "--output_dir", "y", *arguments])
 
 
 def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):
@@ -161,7 +158,7 @@ def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):
     output = model / "evaluation.json"
     arguments = ["--samples", drawn / "stage-2", "--reference", drawn / "stage-1.npz", "--stage", 2]
     arguments += ["--extractor", tmp_path / "tiny-dino", "--settings", drawn / "sampling.json", "--output", output]
-    assert evaluate_dod.main([*map(str, arguments)]) == 0
+    assert evaluate([*map(str, arguments)]) == 0
     report = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == report
     assert (report["num_samples"], report["reference"], report["extractor"]) == (40, "stage-1.npz", "tiny-dino")
@@ -175,5 +172,5 @@ def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):
 
 def test_evaluation_that_cannot_be_is_one_line(drawn, tmp_path, capsys):
     arguments = ["--samples", str(drawn / "stage-2"), "--reference", str(tmp_path), "--extractor", "x"]
-    assert evaluate_dod.main(arguments) == 2
-    assert capsys.readouterr().err == f"evaluate_dod.py: error: {tmp_path} holds no images.\n"
+    assert evaluate(arguments) == 2
+    assert capsys.readouterr().err == f"diffusers-dod evaluate: error: {tmp_path} holds no images.\n"
