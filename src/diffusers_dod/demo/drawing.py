@@ -135,7 +135,8 @@ def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Fini
     def finish(stage: int, latents: torch.Tensor) -> None:
         stages.append(latents)
         maps = [maps[0] for maps in stage_code_maps(pipe, stages)]
-        events.put(Finished(stage, pipe.decode(latents, "pil")[0], maps))
+        (image,) = pipe.decode(latents, "pil")
+        events.put(Finished(stage, image, maps))
 
     first_step = 0
 
