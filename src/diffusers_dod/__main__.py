@@ -10,6 +10,7 @@ from .cli import BadInput, Parser, run
 # Each module's `main` takes the arguments that follow the command and returns the exit status.
 COMMANDS = {
     "train": ("training.__main__", "train a model on images or on cached latents"),
+    "train-codes": ("training.train_codes", "train a model of a pipeline's codes, with which it needs no stage 1"),
     "cache": ("data.__main__", "encode a data set to latents once, for training"),
     "sample": ("evaluation.sample", "draw many images for an evaluation"),
     "evaluate": ("evaluation.__main__", "compare samples with a reference: FID, KID, precision and recall, ..."),
@@ -22,7 +23,7 @@ COMMANDS = {
 
 
 def parse(argv: list[str]) -> tuple[str, list[str]]:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()]
     parser = Parser(
         prog="diffusers-dod",
         usage="diffusers-dod [-h] [--version] COMMAND ...",

@@ -80,12 +80,11 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
     _callback_tensor_inputs = ["latents", "prior_tokens"]
 
     # Of the call that runs
-    _num_stages: int
-    _current_stage: int
-    _num_timesteps: int
-    _interrupt: bool
-    _guidance_scale: Any
-    _prior_guidance_scale: Any
+    _num_stages = _current_stage = _num_timesteps = 0
+    _interrupt = False
+    _guidance_scale: Any = 1.0
+    _prior_guidance_scale: Any = None
+    _current_timestep: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -262,12 +261,17 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         class_ids: torch.Tensor,
         height: int,
         width: int,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> torch.Tensor:
-        """Codes of the code model, `(images, rows * columns, bottleneck_dim)`, guided by the class in every step."""
+        """Codes of the code model for images of a size, `(images, rows * columns, bottleneck_dim)`.
+
+        The other arguments are those of the call; guidance is by the class, in every step.
+        """
+        self._guidance_scale, self._prior_guidance_scale = guidance_scale, None
         grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
         shape = (len(class_ids), self.code_transformer.config.in_channels, *grid)
         noise = randn_tensor(shape, generator=generator, device=class_ids.device, dtype=self.code_transformer.dtype)
@@ -537,8 +541,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         if codes is not None:
             codes = self.prepare_codes(codes, batch_size, height, width, dtype, device)
         elif prior_source == "codes":
-            self._guidance_scale, self._prior_guidance_scale = code_guidance_scale, None
-            codes = self.generate_codes(class_ids, height, width, code_num_inference_steps, generator, *on_step_end)
+            codes = self.generate_codes(
+                *(class_ids, height, width, code_num_inference_steps, code_guidance_scale, generator), *on_step_end
+            )
         if image is not None:
             prior_latents = self.prepare_image_latents(
                 image, batch_size, num_images_per_prompt, height, width, dtype, device

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -163,16 +163,23 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def make_collate(args: argparse.Namespace, data: TrainingData, channels: int) -> Callable[[list[dict]], dict]:
+    """Turns rows of images or latents into a batch."""
+    if data.are_latents:
+        return partial(collate_latents, has_classes=data.num_classes > 0)
+    return partial(collate_rows, size=args.resolution, channels=channels, num_classes=data.num_classes)
+
+
 def make_batches(
     args: argparse.Namespace, data: TrainingData, channels: int, accelerator: Accelerator, step: int, state: str | None
 ) -> Generator[dict[str, Any], None, None]:
     """This process's batches without end, from `step` on, or for a stream from `state`."""
-    kwargs = {"size": args.resolution, "channels": channels, "num_classes": data.num_classes}
     options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_interrupts}
     options["pin_memory"] = accelerator.device.type == "cuda"
     if args.streaming:
         part = split_dataset_by_node(data.rows, accelerator.process_index, accelerator.num_processes)
         options["sampler"] = ShuffledStream(part, args.train_batch_size, args.shuffle_buffer_size, args.seed, state)
+        kwargs = {"size": args.resolution, "channels": channels, "num_classes": data.num_classes}
         collate = partial(collate_streamed, skip_broken=args.on_broken_image == "skip", **kwargs)
         loader = DataLoader(StreamedRows(), batch_size=None, collate_fn=collate, **options)
     else:
@@ -187,10 +194,7 @@ def make_batches(
             args.gradient_accumulation_steps,
             first_step=step,
         )
-        collate = partial(collate_rows, **kwargs)
-        if data.are_latents:
-            collate = partial(collate_latents, has_classes=data.num_classes > 0)
-        loader = DataLoader(data.rows, collate_fn=collate, **options)
+        loader = DataLoader(data.rows, collate_fn=make_collate(args, data, channels), **options)
     try:
         yield from loader
     except ValueError as error:  # from a worker with its traceback before it

@@ -142,7 +142,7 @@ def load_component(loader: Any, path: str, **kwargs: Any) -> Any:
         return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
 
 
-def build_model(model_class: Any, given: dict, derived: dict, option: str) -> torch.nn.Module:
+def build_model(model_class: Any, given: dict, derived: dict, option: str) -> Any:
     """A model of the user's constructor arguments and those that follow from everything else."""
     known = list(inspect.signature(model_class).parameters)
     for name, value in given.items():

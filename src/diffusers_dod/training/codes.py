@@ -1,0 +1,195 @@
+"""A model of the codes: encoding a data set to codes, building the model, and telling whether it copies.
+
+Data flows as: images or cached latents -> latents -> the pipeline's embedder -> codes, normalised per channel -> the
+training loop, for which codes are latents.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..cli import BadInput
+from ..data.batches import TrainingData, load_data, make_collate, to_latents
+from ..files import write_json
+from ..latent_embedder_dod import DoDLatentEmbedder
+from ..pipeline_dod import DoDPipeline
+from ..presets import PRESETS
+from ..randomness import row_generators, step_generator
+from ..transformer_dod import DoDTransformer2DModel
+from .build import Subject, build_model, load_component
+from .options import resolve_objective
+
+
+logger = get_logger(__name__, log_level="INFO")
+# One token of the whole grid learns far faster where a grid is this small.
+WHOLE_GRID = 4
+COPYING = 0.9
+
+
+class EncodedCodes(Dataset):
+    """Codes in memory, in the form of [`CachedLatents`]: a row has `mean` `(flips, channels, rows, columns)`, `label`, `id`."""
+
+    def __init__(self, codes: torch.Tensor, labels: torch.Tensor):
+        self.codes, self.labels = codes, labels
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"mean": self.codes[index], "label": self.labels[index], "id": torch.tensor(index)}
+
+
+@torch.no_grad()
+def encode_data(
+    args: argparse.Namespace, data: TrainingData, pipeline: DoDPipeline, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of all images, `(images, flips, tokens, bottleneck_dim)`, and labels; the processes share the work."""
+    rows = range(accelerator.process_index, len(data.rows), accelerator.num_processes)
+    vae = None if data.are_latents else pipeline.vae
+    channels = pipeline.transformer.config.in_channels if vae is None else 3
+    loader = DataLoader(
+        torch.utils.data.Subset(data.rows, rows),
+        batch_size=args.encoding_batch_size,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=make_collate(args, data, channels),
+    )
+    device = accelerator.device
+    for model in (vae, pipeline.latent_embedder):
+        if model is not None:
+            model.requires_grad_(False).eval().to(device)
+    codes, labels, seen = [], [], 0
+    for batch in tqdm(loader, desc="Encoding", unit="batch", disable=not accelerator.is_local_main_process):
+        batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+        count = len(batch["label"])
+        generators = row_generators(args.seed, 0, range(seen, seen + count), device)
+        flips = []
+        for mirrored in (False, True) if args.random_flip else (False,):
+            where = torch.full((count,), mirrored, device=device)
+            flips.append(pipeline.latent_embedder.encode(to_latents(batch, vae, where, generators)))
+        codes.append(torch.stack(flips, dim=1).float().cpu())
+        labels.append(batch["label"].cpu())
+        seen += count
+    # Back into the order of the images: process p has rows p, p + n, p + 2n, ...
+    parts = gather_object([(accelerator.process_index, torch.cat(codes), torch.cat(labels))])
+    all_codes = torch.empty(len(data.rows), *parts[0][1].shape[1:])
+    all_labels = torch.empty(len(data.rows), dtype=torch.long)
+    for process, part_codes, part_labels in parts:
+        all_codes[process :: accelerator.num_processes] = part_codes
+        all_labels[process :: accelerator.num_processes] = part_labels
+    return all_codes, all_labels
+
+
+def set_statistics(embedder: DoDLatentEmbedder, codes: torch.Tensor) -> None:
+    """Writes mean and standard deviation of each channel of `codes`, `(..., bottleneck_dim)`, into the embedder's config."""
+    values = codes.flatten(0, -2).double()
+    mean, std = values.mean(dim=0), values.std(dim=0)
+    if not torch.isfinite(std).all() or (std < 1e-8).any():
+        raise BadInput("the embedder's codes do not vary: train the pipeline first, then its code model")
+    embedder.register_to_config(codes_mean=[float(x) for x in mean], codes_std=[float(x) for x in std])
+
+
+def default_code_config(pipeline: DoDPipeline, preset: str | None) -> dict[str, Any]:
+    """Size and patch of a code model for a pipeline."""
+    width = pipeline.transformer.inner_dim
+    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name].latent_embedder["output_dim"] - width))
+    config = dict(PRESETS[preset or nearest].code_transformer)
+    size, patch = pipeline.transformer.config.sample_size, pipeline.latent_embedder.config.patch_size
+    rows, columns = (size // patch,) * 2 if isinstance(size, int) else (size[0] // patch, size[1] // patch)
+    config["sample_size"] = rows if rows == columns else (rows, columns)
+    is_small = rows == columns <= WHOLE_GRID
+    config["patch_size"] = rows if is_small else 2 if rows % 2 == columns % 2 == 0 else 1
+    return config
+
+
+class CodeTraining:
+    """A training of a code model, and what it is compared with at the end."""
+
+    kept: torch.Tensor
+    held_out: torch.Tensor
+    held_out_labels: torch.Tensor
+
+    def build(self, args: argparse.Namespace, accelerator: Accelerator) -> Subject:
+        """A new code model on the codes of the data, for the training loop."""
+        pipeline: DoDPipeline = load_component(DoDPipeline, args.pipeline, cache_dir=args.cache_dir)
+        size = pipeline.transformer.config.sample_size
+        if not isinstance(size, int):
+            raise BadInput(f"the model is for latents of {size}, but images are square here")
+        args.resolution = args.resolution or size * pipeline.spatial_factor
+        resolve_objective(args)
+        data = load_data(args, accelerator)
+        num_classes = pipeline.transformer.config.num_classes
+        if data.num_classes > num_classes:
+            raise BadInput(f"the data has {data.num_classes} classes but the model only {num_classes}")
+
+        # 1. Codes, some of them held out
+        codes, labels = encode_data(args, data, pipeline, accelerator)
+        order = torch.randperm(len(codes), generator=step_generator(args.seed, 0))
+        num_held_out = int(args.held_out * len(codes))
+        held_out, kept = order.split([num_held_out, len(codes) - num_held_out])
+        embedder = pipeline.latent_embedder.to("cpu")
+        set_statistics(embedder, codes[kept])
+        normalized = embedder.normalize_codes(codes.flatten(0, 1), size, size).unflatten(0, codes.shape[:2])
+        self.kept, self.held_out, self.held_out_labels = normalized[kept], normalized[held_out], labels[held_out]
+
+        # 2. The model
+        torch.manual_seed(args.seed)
+        own = {"in_channels": embedder.config.bottleneck_dim, "num_classes": num_classes, "prediction_type": "flow"}
+        config = {**default_code_config(pipeline, args.code_preset), **(args.code_config or {})}
+        model: DoDTransformer2DModel = build_model(DoDTransformer2DModel, config, own, "--code_config")
+        # With FiTv2's 0.02, made for a million steps, a few thousand do not learn the classes.
+        torch.nn.init.normal_(model.class_embed.weight, std=1.0)
+        components = pipeline.components | {
+            "code_transformer": model,
+            "code_scheduler": FlowMatchEulerDiscreteScheduler(),
+        }
+        whole = DoDPipeline(**components, id2label=pipeline.config.id2label)
+        rows = EncodedCodes(self.kept, labels[kept])
+        return Subject(
+            whole, "code_transformer", TrainingData(rows, num_classes, None, False, len(rows), are_latents=True)
+        )
+
+    @torch.no_grad()
+    def report(self, args: argparse.Namespace) -> None:
+        """Prints, and writes to `codes.json`, how far generated and held-out codes lie from the training codes."""
+        count = min(1000, len(self.held_out))
+        if count == 0:
+            print("No codes were held out (--held_out), so nobody knows whether the model copies.")
+            return
+        pipeline = DoDPipeline.from_pretrained(args.output_dir)
+        pipeline.set_progress_bar_config(disable=True)
+        size = pipeline.transformer.config.sample_size * pipeline.spatial_factor
+        labels = self.held_out_labels[:count]
+        generators = row_generators(args.seed, 1, range(count))
+        generated = pipeline.generate_codes(labels, size, size, generator=generators)
+        latent_size = pipeline.transformer.config.sample_size
+        generated = pipeline.latent_embedder.normalize_codes(generated, latent_size, latent_size)
+        training = self.kept.flatten(0, 1)
+        distances = {
+            "generated": nearest_distance(generated, training),
+            "held_out": nearest_distance(self.held_out[:count, 0], training),
+        }
+        copies = distances["generated"] < COPYING * distances["held_out"]
+        write_json(Path(args.output_dir, "codes.json"), {**distances, "count": count, "copies": copies})
+        print(
+            f"Nearest training code, median of {count}, in standard deviations: generated {distances['generated']:.3g}, "
+            f"held out {distances['held_out']:.3g}."
+        )
+        if copies:
+            logger.warning(
+                "Generated codes lie nearer to training codes than held-out ones do: the code model copies. Train it for "
+                "fewer steps, or make it smaller."
+            )
+
+
+def nearest_distance(codes: torch.Tensor, training: torch.Tensor, chunk: int = 100) -> float:
+    """Median over `codes` of the distance to the nearest row of `training`, both `(number, ...)`."""
+    parts = codes.flatten(1).split(chunk)
+    return float(torch.cat([torch.cdist(part, training.flatten(1)).amin(dim=1) for part in parts]).median())
