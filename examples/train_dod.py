@@ -73,7 +73,7 @@ from diffusers_dod.checkpoints import (
     save_checkpoint,
     trained_parameters,
 )
-from diffusers_dod.cpu_fsdp import enable_fsdp_on_cpu
+from diffusers_dod.cpu_fsdp import enable_fsdp_on_cpu, keep_precision_in_fsdp
 from diffusers_dod.flops import PEAK_TFLOPS, training_flops
 from diffusers_dod.hub import BackgroundPush, find_stage_grid
 from diffusers_dod.process_group import drain_process_group
@@ -213,7 +213,9 @@ def save_result(pipeline: DoDPipeline, output_dir: str, config: dict) -> None:
 
 def save_for_push(pipeline: DoDPipeline, config: dict, output_dir: str, folder: str) -> None:
     """A pipeline of the way in a folder of its own, with what its card tells."""
-    pipeline.to("cpu").save_pretrained(folder)
+    for name in NAMES:  # copies; the autoencoder is the one that training goes on with
+        getattr(pipeline, name).to("cpu")
+    pipeline.save_pretrained(folder)
     write_config(folder, config)
     grid = find_stage_grid(Path(output_dir))
     if grid is not None:
@@ -276,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         raise BadInput(str(error)) from error
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP means FSDP2 here: set fsdp_version to 2 in accelerate's configuration")
+    keep_precision_in_fsdp(accelerator)
     if accelerator.scaler is not None and args.spike_factor is not None:
         raise BadInput("--spike_factor works without fp16's gradient scaler only: take bf16")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would look for it in a prepared dataloader
@@ -400,7 +403,9 @@ def main(argv: list[str] | None = None) -> int:
                 batch = {
                     k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)
                 }
-                mirrored, without_class, times = (draw[rows].to(accelerator.device) for draw in draws[:3])
+                mirrored, without_class, times = (
+                    draw[rows].to(accelerator.device, non_blocking=True) for draw in draws[:3]
+                )
                 prior_rows = int((rows < draws.num_prior_rows).sum())
 
                 # Latents, features, noise and class drop
@@ -412,14 +417,17 @@ def main(argv: list[str] | None = None) -> int:
 
                 # Loss and gradients
                 with accelerator.accumulate(module):
-                    loss, per_sample, alignment = module(
-                        latents, labels, example, prior_rows, weighting, code_noise, features
-                    )
+                    with accelerator.autocast():  # accelerate's own is not around modules of FSDP2
+                        loss, per_sample, alignment = module(
+                            latents, labels, example, prior_rows, weighting, code_noise, features
+                        )
                     accelerator.backward(loss)
                 if alignment is not None:
                     totals[4] += alignment / shares
                 for total, part in zip(totals[:4].view(2, 2), per_sample.split([prior_rows, len(rows) - prior_rows])):
-                    total += torch.stack([part.sum(), part.new_tensor(len(part))])
+                    total += torch.stack(
+                        [part.sum(), part.new_full((), len(part))]
+                    )  # filled there: no wait for a copy
 
             # The step, unless it would do harm
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm or float("inf"))

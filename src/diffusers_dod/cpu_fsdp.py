@@ -1,5 +1,6 @@
-"""accelerate's FSDP2 on CPU processes."""
+"""accelerate's FSDP2 on CPU processes, and in mixed precision."""
 
+import dataclasses
 import os
 
 import torch
@@ -20,6 +21,23 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
         if not hasattr(torch.cpu.Stream, "record_event"):
             raise NotImplementedError(f"PyTorch {torch.__version__} has no FSDP2 on CPUs: take a newer one, or DDP")
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
         # Every new view of accelerate's state starts from the partial one.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def keep_precision_in_fsdp(accelerator: Accelerator) -> None:
+    """Has FSDP2 in mixed precision compute what DDP does: autocast alone decides what is computed in low precision.
+
+    accelerate's policy also casts whatever enters or leaves a sharded module, timesteps, targets, rotary tables and losses
+    among them, and adds up the gradients of the processes in low precision. To be called before `prepare`.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP or accelerator.mixed_precision == "no":
+        return
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = dataclasses.replace(
+        plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
