@@ -55,9 +55,9 @@ def run_tests(_: str, args: argparse.Namespace, folder: str) -> dict:
     subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, timeout=args.part_minutes * 60)
     rows = {}
     for case in ElementTree.parse(output).iter("testcase"):
-        ends = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        rows[case.get("name")] = ends[0] if ends else "passed"
-    failed = [name for name, end in rows.items() if end in ("failure", "error")]
+        ends = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        rows[case.get("name")] = f"{ends[0].tag}: {ends[0].get('message')}"[:200] if ends else "passed"
+    failed = [name for name, end in rows.items() if end.startswith(("failure", "error"))]
     return {"rows": rows} | ({"failed": failed} if failed or not rows else {})
 
 
@@ -104,7 +104,7 @@ def main() -> int:
     for name in args.parts:
         if "rows" in parts.get(name, {}) and "failed" not in parts[name]:
             continue
-        if time.perf_counter() - start > 60 * args.minutes:
+        if time.perf_counter() - start >= 60 * args.minutes:
             print(f"{name} and what follows are left for the next call.")
             break
         parts[name] = run_part(name, args)

@@ -77,6 +77,10 @@ def tiny_pipeline(**overrides):
     return pipe
 
 
+# For processes that must train on the CPU, whatever there is. accelerate's barrier names a GPU for each process, gloo or not.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def process_context():
     """Real processes that start fast: forked from a server that has imported libraries and scripts and run nothing yet."""
     context = multiprocessing.get_context("forkserver")

@@ -111,9 +111,9 @@ def test_steps_do_not_wait_for_the_gpu():
 def test_attention_backends(backend):
     """Two blocks of DoD-XL/2's width, in bfloat16, against float32."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = randomize_weights(DoDTransformer2DModel(num_layers=2), std=0.03)
-        latents, timesteps, labels = torch.randn(4, 4, 32, 32), torch.full((4,), 500.0), torch.arange(4)
+    model = randomize_weights(DoDTransformer2DModel(num_layers=2), std=0.03).to("cuda")
+    inputs = (torch.randn(4, 4, 32, 32), torch.full((4,), 500.0), torch.arange(4))
+    latents, timesteps, labels = (values.to("cuda") for values in inputs)
     reference = model(latents, timesteps, labels).sample
     model.to(torch.bfloat16)
     with attention_backend("native"):  # `set_attention_backend` is global too: leaving this puts it back
@@ -121,8 +121,8 @@ def test_attention_backends(backend):
             model.set_attention_backend(backend)
         except RuntimeError as error:
             pytest.skip(str(error).splitlines()[0])
-        sample = model(latents.bfloat16(), timesteps, labels).sample
-    assert (sample - reference).norm() <= 0.03 * reference.norm()
+        prediction = model(latents.bfloat16(), timesteps, labels).sample
+    assert (prediction - reference).norm() <= 0.03 * reference.norm()
 
 
 def test_cuda_graphs():

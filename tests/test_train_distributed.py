@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import ON_CPU
 from training_runs import NAMES, arguments, assert_equal_tensors, finish, start, start_together, weights, write_digits
 
 from diffusers_dod import DoDPipeline
@@ -15,8 +16,6 @@ FSDP |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_L
 OPTIONS = ("--resolution", 14, "--random_flip", "--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--seed", 3)
 OPTIONS += ("--lr_warmup_steps", 3, "--ema_decay", 0.9, "--class_drop", 0.5, "--prior_drop", 0.3)
 OPTIONS += ("--checkpointing_steps", 10, "--max_train_steps", 20, "--embedder_noise", 0.1, "--bottleneck_noise", 0.1)
-# What several processes are compared with; a GPU draws other random numbers.
-CPU = {"ACCELERATE_USE_CPU": "true"}
 needs_fsdp = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU: 2.6 has none on CPUs"
 )
@@ -31,7 +30,7 @@ def options(tmp_path_factory):
 def one_process(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     argv = arguments(folder / "run", *options, "--train_batch_size", 8)
-    assert finish(start(argv, folder / "log", **CPU)) == 0, (folder / "log").read_text()
+    assert finish(start(argv, folder / "log", **ON_CPU)) == 0, (folder / "log").read_text()
     return folder / "run"
 
 
@@ -53,7 +52,7 @@ def assert_close(run, reference):
 @pytest.mark.parametrize("batch_size, accumulation", [(2, 4), (1, 8)])
 def test_accumulated_gradients_are_those_of_the_large_batch(options, one_process, tmp_path, batch_size, accumulation):
     options += ("--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation)
-    assert finish(start(arguments(tmp_path / "run", *options), tmp_path / "log", **CPU)) == 0
+    assert finish(start(arguments(tmp_path / "run", *options), tmp_path / "log", **ON_CPU)) == 0
     assert_close(tmp_path / "run", one_process)
 
 
@@ -81,7 +80,7 @@ def test_two_processes_in_bfloat16_train_as_one_in_bfloat16(options, tmp_path, e
     runs = {
         name: arguments(tmp_path / name, *options, *batch, "--mixed_precision", "bf16") for name, batch in runs.items()
     }
-    assert finish(start(runs["one"], tmp_path / "log", **CPU)) == 0, (tmp_path / "log").read_text()
+    assert finish(start(runs["one"], tmp_path / "log", **ON_CPU)) == 0, (tmp_path / "log").read_text()
     assert start_together(runs["two"], tmp_path, 2, **environment) == [0, 0], (tmp_path / "log-0").read_text()
     one, two, before = (weights(tmp_path / name) for name in ("one", "two", "one/checkpoint-10"))
     difference, change = (sum((one[key] - other[key]).square().sum() for key in one).sqrt() for other in (two, before))
