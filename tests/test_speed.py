@@ -23,16 +23,20 @@ def make_inputs(seed=0):
 # --- rotary positions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, table_dtype",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
 @pytest.mark.parametrize("fused", [False, True])
-def test_rotation_is_diffusers_own(dtype, fused):
-    """Also where queries and keys are slices of a fused projection."""
+def test_rotation_is_diffusers_own(dtype, table_dtype, fused):
+    """Also where queries and keys are slices of a fused projection, and where FSDP2 has cast the tables."""
     torch.manual_seed(0)
     projected = torch.randn(2, 12, 3 * 16, dtype=dtype).chunk(3, dim=-1)
     if not fused:
         projected = [part.contiguous() for part in projected]
     query, key = (part.unflatten(-1, (2, 8)) for part in projected[:2])
     tables = rotary_embedding_2d(3, 4, 8, 10000.0, CPU)
+    tables = tuple(table.to(table_dtype) for table in tables)
     for turned, x in zip(rotate(query, key, tables), (query, key)):
         assert turned.dtype == dtype
         expected = apply_rotary_emb(x, tables, sequence_dim=1)

@@ -139,7 +139,8 @@ def rotate(
     if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
         return tuple(apply_rotary_emb(x, rotary_emb, sequence_dim=1) for x in (query, key))
     cos, sin = rotary_emb
-    rotations = torch.complex(cos[:, ::2], sin[:, ::2]).unsqueeze(1)
+    # FSDP2 casts what enters a block; there are no complex numbers of bfloat16.
+    rotations = torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).unsqueeze(1)
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
