@@ -16,7 +16,8 @@ whole and run in bfloat16. `--rows` takes some groups only:
     cached_loading  the wait for cached latents against the training step
     import          `import diffusers_dod` after the classes of diffusers that it needs, against importing those
     loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
-    mfu, throughput utilisation and memory in training, images a second in sampling (GPU)
+    graphs          small batches with CUDA graphs against eager (GPU)
+    mfu, throughput utilisation and memory in training, images per second in sampling (GPU)
 
 Prints a table and writes JSON, after each group, so that a run that is cut short keeps what it has.
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import interleaved
 import torch
-from gpu_rows import mfu_rows, throughput_rows
+from gpu_rows import graphs_rows, mfu_rows, throughput_rows
 from interleaved import Ratio
 from loop_rows import loop_rows
 from model_rows import bfloat16_rows, compile_rows, depth_rows, scaling_rows, training_rows
@@ -52,6 +53,7 @@ GROUPS = {
     "cached_loading": cached_loading_rows,
     "import": import_rows,
     "loading": loading_rows,
+    "graphs": graphs_rows,
     "mfu": mfu_rows,
     "throughput": throughput_rows,
 }

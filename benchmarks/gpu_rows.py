@@ -1,43 +1,47 @@
 """Rows that only a GPU can fill: utilisation (MFU), memory of DoD-XL/2, images per second."""
 
+import itertools
+import statistics
+
 import diffusers
 import torch
 from interleaved import Ratio, compare, seconds
-from workloads import joint_step, make_models
+from workloads import inputs, joint_step, make_models
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.training.flops import PEAK_TFLOPS, training_flops
 
 
-MICRO_BATCH, BATCH = 64, 256
+BATCH = 256
 
 
 def mfu_rows(args) -> dict[str, float]:
     """Training of whole models on latents in memory: bfloat16 autocast, compiled blocks, no checkpointing, fused AdamW.
 
-    A batch of 256 is accumulated from parts of 64, which is also the batch of the memory row.
+    A batch of 256 is accumulated from parts of 64 and of 128, which are also the batches of the memory rows.
     """
     if args.device != "cuda":
         return {}
     name = torch.cuda.get_device_name()
     peak = next((1e12 * value for key, value in PEAK_TFLOPS.items() if key in name), None)
     rows = {}
-    for size in ("B", "XL"):
+    for size, part in itertools.product(("B", "XL"), (64, 128)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         transformer, embedder = make_models(size, None, "cuda")
         transformer.compile_repeated_blocks(fullgraph=True)
         embedder.compile_repeated_blocks(fullgraph=True)
-        step = joint_step(transformer, embedder, MICRO_BATCH, "cuda", BATCH // MICRO_BATCH)
+        step = joint_step(transformer, embedder, part, "cuda", BATCH // part)
         step(), step()
-        times = sorted(seconds(step) for _ in range(args.repeats))
-        rate = BATCH / times[len(times) // 2]
+        low, middle, high = statistics.quantiles([BATCH / seconds(step) for _ in range(args.repeats)], n=4)
         flops = training_flops(transformer, embedder, prior_share=0.5)
-        model = f"DoD-{size}/2, batch {BATCH} in parts of {MICRO_BATCH}"
-        rows[f"training, images/s, {model}"] = rate
-        rows[f"training, useful TFLOP/s, {model}"] = rate * flops / 1e12
+        model = f"DoD-{size}/2, batch {BATCH} in parts of {part}"
+        rows[f"training, images/s, {model}"] = middle
+        rows[f"training, useful TFLOP/s, {model}"] = middle * flops / 1e12
         if peak is not None:
-            rows[f"training, MFU, {model}"] = rate * flops / peak
+            rows[f"training, MFU, {model}"] = middle * flops / peak
+            rows[f"training, MFU, {model}, lower quartile"] = low * flops / peak
+            rows[f"training, MFU, {model}, upper quartile"] = high * flops / peak
         rows[f"training, peak memory, GiB, {model}"] = torch.cuda.max_memory_allocated() / 2**30
         del transformer, embedder, step
     return rows
@@ -63,4 +67,28 @@ def throughput_rows(args) -> dict[str, Ratio | float]:
         rows[f"sampling, compiled blocks / eager, DoD-{size}/2, batch {batch}"] = ratio
         rows[f"sampling, images/s, compiled, DoD-{size}/2"] = batch / ratio.ours
         rows[f"sampling, images/s, eager, DoD-{size}/2"] = batch / ratio.rival
+    return rows
+
+
+def graphs_rows(args) -> dict[str, Ratio]:
+    """Forwards of small batches, where launching takes longer than computing: the whole model in CUDA graphs, or eager."""
+    if args.device != "cuda":
+        return {}
+    (eager, _), (graphs, _) = (make_models("B", None, "cuda", torch.bfloat16) for _ in range(2))
+    graphs.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def forward(model, arguments):
+        for _ in range(10):
+            model(*arguments, return_dict=False)
+
+    rows = {}
+    for batch in (1, 8):
+        arguments = inputs(batch, "cuda", dtype=torch.bfloat16)
+        forward(graphs, arguments)  # the first runs record
+        rows[f"forward, CUDA graphs / eager, DoD-B/2, batch {batch}"] = compare(
+            lambda: forward(graphs, arguments),  # noqa: B023 - run at once
+            lambda: forward(eager, arguments),  # noqa: B023
+            args.repeats,
+        )
     return rows

@@ -5,13 +5,24 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from interleaved import Ratio, compare
-from workloads import backbone_step, full_depth_factor, inputs, joint_step, make_dit, make_models, precision
+from workloads import (
+    backbone_step,
+    compile_blocks,
+    full_depth_factor,
+    inputs,
+    joint_step,
+    make_dit,
+    make_models,
+    precision,
+)
 
 
 def training_rows(args) -> dict[str, Ratio]:
     """DoD-B/2 against diffusers' DiTTransformer2DModel of the same width, depth and multiply-accumulates."""
     transformer, embedder = make_models("B", args.layers, args.device)
     dit = make_dit(args.layers, args.device)
+    if args.device == "cuda":
+        compile_blocks(transformer, embedder, dit)
     their_step = backbone_step(dit, args.batch_size, args.device)
     rows = {
         "train step, backbone alone / DiT's": compare(
@@ -66,7 +77,8 @@ def depth_rows(args) -> dict[str, Ratio]:
 def _embedder_share(transformer, embedder, args) -> Ratio:
     batch = 2 if args.device == "cpu" else args.batch_size
     latents, timesteps, labels = inputs(2 * batch, args.device)
-    prior = torch.zeros(2 * batch, 256, transformer.inner_dim, device=args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32  # of the embedder's output under autocast
+    prior = torch.zeros(2 * batch, 256, transformer.inner_dim, device=args.device, dtype=dtype)
 
     def embed():
         with torch.no_grad(), precision(args.device):

@@ -36,6 +36,14 @@ def make_dit(layers: int, device: str) -> diffusers.DiTTransformer2DModel:
         )
 
 
+def compile_blocks(*models: torch.nn.Module) -> None:
+    """What one does on a GPU, for DiT too, whose class has no `compile_repeated_blocks`."""
+    for model in models:
+        for name in ("transformer_blocks", "encoder_blocks", "decoder_blocks"):
+            for block in getattr(model, name, ()):
+                block.compile()
+
+
 def full_depth_factor(size: str, model: DoDTransformer2DModel) -> float:
     """Operations of the preset over those of a model with fewer blocks."""
     with torch.device("meta"):

@@ -77,10 +77,16 @@ def tiny_pipeline(**overrides):
     return pipe
 
 
+# For processes that must train on the CPU, whatever there is. accelerate's barrier names a GPU for each process, gloo or not.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def process_context():
     """Real processes that start fast: forked from a server that has imported libraries and scripts and run nothing yet."""
     context = multiprocessing.get_context("forkserver")
     # The server finds what it imports by the environment alone, and is silent about what it does not find.
+    # Whether there is a GPU is asked of the driver's library: asking CUDA starts it in the server, and then no fork can use it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(EXAMPLES), str(Path(__file__).parent), *sys.path]))
     context.set_forkserver_preload(["torch.distributed", "training_runs", "diffusers_dod.training.loop"])
     return context

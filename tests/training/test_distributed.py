@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import ON_CPU
 from training_runs import NAMES, arguments, assert_equal_tensors, finish, start, start_together, weights, write_digits
 
 from diffusers_dod import DoDPipeline
@@ -29,7 +30,7 @@ def options(tmp_path_factory):
 def one_process(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     argv = arguments(folder / "run", *options, "--train_batch_size", 8)
-    assert finish(start(argv, folder / "log")) == 0, (folder / "log").read_text()
+    assert finish(start(argv, folder / "log", **ON_CPU)) == 0, (folder / "log").read_text()
     return folder / "run"
 
 
@@ -51,7 +52,7 @@ def assert_close(run, reference):
 @pytest.mark.parametrize("batch_size, accumulation", [(2, 4), (1, 8)])
 def test_accumulated_gradients_are_those_of_the_large_batch(options, one_process, tmp_path, batch_size, accumulation):
     options += ("--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation)
-    assert finish(start(arguments(tmp_path / "run", *options), tmp_path / "log")) == 0
+    assert finish(start(arguments(tmp_path / "run", *options), tmp_path / "log", **ON_CPU)) == 0
     assert_close(tmp_path / "run", one_process)
 
 
@@ -70,6 +71,20 @@ def test_two_processes_train_as_one_and_resume(options, one_process, tmp_path, e
     assert start_together(arguments(tmp_path / "resumed", *options), tmp_path, 2, **environment) == [0, 0]
     assert "Resuming from" in (tmp_path / "log-0").read_text()
     assert_equal_tensors(weights(tmp_path / "resumed"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=needs_fsdp)], ids=["ddp", "fsdp2"])
+def test_two_processes_in_bfloat16_train_as_one_in_bfloat16(options, tmp_path, environment):
+    """FSDP2 takes the same numbers to low precision as autocast alone does, and no others."""
+    runs = {"one": ("--train_batch_size", 8), "two": ("--train_batch_size", 4)}
+    runs = {
+        name: arguments(tmp_path / name, *options, *batch, "--mixed_precision", "bf16") for name, batch in runs.items()
+    }
+    assert finish(start(runs["one"], tmp_path / "log", **ON_CPU)) == 0, (tmp_path / "log").read_text()
+    assert start_together(runs["two"], tmp_path, 2, **environment) == [0, 0], (tmp_path / "log-0").read_text()
+    one, two, before = (weights(tmp_path / name) for name in ("one", "two", "one/checkpoint-10"))
+    difference, change = (sum((one[key] - other[key]).square().sum() for key in one).sqrt() for other in (two, before))
+    assert difference <= 0.05 * change, (difference, change)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(options, one_process, tmp_path):

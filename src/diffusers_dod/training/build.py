@@ -1,6 +1,7 @@
 """What is trained: accelerator, models and optimizer from the options, and a plain copy of the models to sample with."""
 
 import argparse
+import dataclasses
 import inspect
 import os
 from pathlib import Path
@@ -68,6 +69,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("FSDP means FSDP2 here: set fsdp_version to 2 in accelerate's configuration")
+    keep_precision_in_fsdp(accelerator)
     if accelerator.scaler is not None and args.spike_factor is not None:
         raise BadInput("--spike_factor works without fp16's gradient scaler only: take bf16")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would look for it in a prepared dataloader
@@ -75,6 +77,20 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     args.mixed_precision = accelerator.mixed_precision
     check_prior_rows(args, accelerator)
     return accelerator
+
+
+def keep_precision_in_fsdp(accelerator: Accelerator) -> None:
+    """Has FSDP2 in mixed precision compute what DDP does: autocast alone decides what is computed in low precision.
+
+    accelerate's policy also casts whatever enters or leaves a sharded module, timesteps, targets, rotary tables and losses
+    among them, and adds up the gradients of the processes in low precision. To be called before `prepare`.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP or accelerator.mixed_precision == "no":
+        return
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = dataclasses.replace(
+        plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
 
 
 def check_prior_rows(args: argparse.Namespace, accelerator: Accelerator) -> None:

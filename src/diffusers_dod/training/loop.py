@@ -130,8 +130,8 @@ def train(
     if args.push_to_hub and accelerator.is_main_process:
         repository = args.hub_model_id or Path(args.output_dir).resolve().name
         push = BackgroundPush(repository, license=args.hub_license, private=args.hub_private_repo)
-    flops_per_step = images_per_step * training_flops(transformer, embedder, prior_share=1 - args.prior_drop)
     peak = peak_flops(args, accelerator)
+    flops_per_step = images_per_step * training_flops(transformer, embedder, prior_share=1 - args.prior_drop)
     channels = transformer.config.in_channels if vae is None else 3
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
     sums, saved, stopped = StepSums(device), step, None
@@ -167,7 +167,8 @@ def train(
 
                 # 6. Loss and gradients
                 with accelerator.accumulate(module):
-                    loss, per_sample, alignment = module(inputs, labels, own.num_prior_rows, features)
+                    with accelerator.autocast():  # accelerate's own is not around modules of FSDP2
+                        loss, per_sample, alignment = module(inputs, labels, own.num_prior_rows, features)
                     accelerator.backward(loss)
                 with_prior, without = per_sample.split([own.num_prior_rows, len(rows) - own.num_prior_rows])
                 sums.add(loss_with_prior=with_prior.sum(), rows_with_prior=len(with_prior))
@@ -190,8 +191,8 @@ def train(
             optimizer.zero_grad()
             step += 1
             if problem is not None:
-                message = f"Step {step} is skipped: {problem}. Its images: {', '.join(names)}"
-                logger.warning(message, main_process_only=False)
+                skipped = f"Step {step} is skipped: {problem}. Its images: {', '.join(names)}"
+                logger.warning(skipped, main_process_only=False)
 
             # 8. Logs
             seconds = time.perf_counter() - started
@@ -243,7 +244,5 @@ def train(
         save_result(result, args.output_dir, config)
     end_together(accelerator)
     if push is not None:  # the other processes need not wait for it
-        address = push.finish(args.output_dir)
-        if address is not None:
-            print(f"Pushed: {address}")
+        push.finish(args.output_dir)
     return 0

@@ -97,7 +97,15 @@ def save_result(pipeline: DoDPipeline, output_dir: str, config: dict[str, Any]) 
 
 def save_for_push(pipeline: DoDPipeline, config: dict[str, Any], output_dir: str, folder: str) -> None:
     """A pipeline of an unfinished run in a folder of its own, with what its card reports."""
-    pipeline.to("cpu").save_pretrained(folder)
+    for name in (
+        "transformer",
+        "latent_embedder",
+        "code_transformer",
+    ):  # copies; the autoencoder is the training's own
+        model = getattr(pipeline, name)
+        if model is not None:
+            model.to("cpu")
+    pipeline.save_pretrained(folder)
     write_json(Path(folder, CONFIG_NAME), config)
     grid = find_stage_grid(Path(output_dir))
     if grid is not None:

@@ -26,7 +26,7 @@ class StepDraws(NamedTuple):
 
     def of_rows(self, rows: torch.Tensor, device: torch.device) -> "StepDraws":
         """The draws of one process's rows."""
-        mirrored, class_draws, times = (draw[rows].to(device) for draw in self[:3])
+        mirrored, class_draws, times = (draw[rows].to(device, non_blocking=True) for draw in self[:3])
         return StepDraws(mirrored, class_draws, times, int((rows < self.num_prior_rows).sum()))
 
 
