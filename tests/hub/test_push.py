@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from hub_server import TOKEN, HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import diffusers_dod
-from diffusers_dod.hub import check_folder, main
+from diffusers_dod.hub import check_folder
+from diffusers_dod.hub.__main__ import main
 
 
 SOURCE = str(Path(diffusers_dod.__file__).parents[1])
@@ -32,7 +36,7 @@ def sample(pipe, **arguments):
     torch.set_num_threads(threads)
     return images
 """
-# The client before 1.0 gives up when a download breaks off; the same call again then goes on.
+# The client before 1.0 gives up when a download breaks off; the same call then resumes.
 AGAIN = """
 def again(load, *arguments, **options):
     try:
@@ -258,15 +262,15 @@ os.remove("sample.png")
     run_code(hub, tmp_path / "home", code)
 
 
-def test_push_that_breaks_leaves_nothing_and_the_next_one_goes_on(hub, tmp_path):
+def test_push_that_breaks_leaves_nothing_and_the_next_one_resumes(hub, tmp_path):
     folder = tmp_path / "pipeline"
     tiny_pipeline(transformer=tiny_transformer(num_classes=3), vae=tiny_vae("kl")).save_pretrained(folder)
     hub.fail_uploads, hub.fail_commit, first = 1, True, len(hub.requests)
     code = f"""
         from diffusers_dod import DoDPipeline
-        from diffusers_dod.hub import main
+        from diffusers_dod.hub.__main__ import main
         push = ["push", {str(folder)!r}, "user/broken", "--license", "mit", "--private"]
-        assert [main(push), main(push), main(push)] == [1, 1, 0]
+        assert [main(push), main(push), main(push)] == [2, 2, 0]
         try:
             DoDPipeline.from_pretrained("user/broken", token=False)
             raise SystemExit("a private repository was loaded without a token")
@@ -283,7 +287,7 @@ def test_push_that_breaks_leaves_nothing_and_the_next_one_goes_on(hub, tmp_path)
     # Every large file once and the one refusal: what arrived by one attempt is not sent by the next.
     assert len(sum(sent, [])) == len(set(sum(sent, []))) + 1 and len(set(sent[0])) > 1 and sent[2] == []
     done = push(hub, tmp_path, folder, "user/broken", "--license", "mit", HF_TOKEN="hf_wrong")
-    assert done.returncode == 1 and "401" in done.stderr
+    assert done.returncode == 2 and "401" in done.stderr
 
 
 def test_second_push_replaces_the_first(hub, pushed, tmp_path):
@@ -294,7 +298,7 @@ def test_second_push_replaces_the_first(hub, pushed, tmp_path):
     before = hub.files("user/replaced")
     code = f"""
         from diffusers_dod import DoDPipeline
-        from diffusers_dod.hub import main
+        from diffusers_dod.hub.__main__ import main
         main(["push", {str(folder)!r}, "user/replaced", "--license", "mit", "--create-pr", "--no-code"])
         pipe = DoDPipeline.from_pretrained("user/replaced", revision="refs/pr/1")
         # diffusers' own ways to push take the same road.
@@ -397,3 +401,123 @@ def test_repositories_that_want_to_run_code(hub, tmp_path):
         assert os.path.exists({marker!r})
     """
     run_code(hub, tmp_path / "home", code, PYTHONPATH=f"{SOURCE}{os.pathsep}{tmp_path / 'foreign'}")
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "http://127.0.0.1:{port}"}, {"HF_HUB_OFFLINE": "1"}], ids=str)
+def test_a_push_without_a_network_is_one_line(environment, hub, pushed, tmp_path):
+    environment = {name: value.format(port=free_port()) for name, value in environment.items()}
+    done = push(hub, tmp_path, pushed[0], "user/nowhere", "--license", "mit", **environment)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("diffusers-dod hub: error: ") and "repeat the push" in line
+    assert "user/nowhere" not in hub.repositories
+
+
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        HfHubHTTPError.__bases__[0]("no route to host\nFor more\n see"),  # of the client's own HTTP library
+        OfflineModeIsEnabled("offline"),
+        TimeoutError("timed out"),
+        OSError(28, "No space left on device"),
+        ssl.SSLError("certificate"),
+        RuntimeError("Error while uploading 'x'"),
+        PermissionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_the_network_does_is_one_line(error, call, pushed, monkeypatch, capsys):
+    def fail(self, *arguments, **options):
+        raise error from ValueError("the cause\nin lines")
+
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda *arguments, **options: RepoUrl("https://hub/user/x", endpoint="https://hub")
+    )
+    monkeypatch.setattr(HfApi, call, fail)
+    assert main(["push", str(pushed[0]), "user/x", "--license", "mit"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" (the cause). To resume, repeat the push: nothing is sent twice")
+
+
+def test_a_bug_stays_a_traceback(pushed, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["push", str(pushed[0]), "user/x", "--license", "mit"])
+
+
+def test_a_push_links_weights_and_commits_once(hub, pushed, monkeypatch, tmp_path):
+    """What is staged are links to the folder's own weights; the commit's deletions are of the model's parts only."""
+    from diffusers_dod.hub import push as module
+
+    seen = {}
+
+    class Api:
+        def __init__(self, **options):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return type("Url", (), {"repo_id": f"user/{repo_id}"})
+
+        def upload_folder(self, folder_path, **options):
+            staged = [path for path in folder_path.rglob("*") if path.is_file()]
+            seen["links"] = {
+                path.relative_to(folder_path).as_posix(): path.readlink() for path in staged if path.is_symlink()
+            }
+            seen["files"] = {path.relative_to(folder_path).as_posix() for path in staged}
+            seen["options"] = options
+            return type("Commit", (), {"pr_url": None, "commit_url": "https://address"})
+
+    monkeypatch.setattr(module, "HfApi", Api)
+    assert module.push_folder(pushed[0], "model", license="mit") == "https://address"
+    assert seen["links"] == {
+        f"{part}/diffusion_pytorch_model.safetensors": (
+            pushed[0] / part / "diffusion_pytorch_model.safetensors"
+        ).resolve()
+        for part in ("transformer", "latent_embedder", "vae")
+    }
+    assert {"README.md", "model_index.json", "pipeline.py", "evaluation.json"} <= seen["files"]
+    assert seen["options"]["repo_id"] == "user/model"
+    patterns = seen["options"]["delete_patterns"]
+    assert not any(pattern in patterns for pattern in ("*", "*.txt", "notes.txt", "LICENSE"))
+
+
+def test_a_pull_request_against_a_branch_is_refused(pushed, capsys):
+    assert main(["push", str(pushed[0]), "user/x", "--license", "mit", "--create-pr", "--revision", "v2"]) == 2
+    assert "leave out either" in capsys.readouterr().err
+
+
+OLD = {
+    "vae/diffusion_pytorch_model.safetensors": True,
+    "vae/config.json": True,
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": True,
+    "transformer/deep/old.json": True,
+    "pipeline.py": True,
+    "stages.png": True,
+    "evaluation.json": True,
+    "notes.txt": False,
+    "LICENSE": False,
+    ".gitattributes": False,
+    "vaes/other.json": False,
+    "extra/pipeline.py": False,
+    "transformer.txt": False,
+    "pytorch_lora_weights.safetensors": False,
+}
+
+
+def test_what_an_earlier_push_left_goes_with_the_one_commit(hub, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    hub.put("user/old", dict.fromkeys(OLD, b"old"))
+    before = len(hub.repositories["user/old"].commits)
+    done = push(hub, tmp_path / "home", tmp_path / "pipeline", "user/old", "--license", "mit", "--no-code")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repositories["user/old"].commits) == before + 1
+    files = hub.files("user/old")
+    assert {path: path not in files for path in OLD} == OLD
+    assert json.loads(files["model_index.json"])["vae"] == [None, None]

@@ -6,18 +6,15 @@ from .._lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .push import BackgroundPush, check_folder, collect_upload, find_stage_grid, push_folder, push_pipeline
+    from .background import BackgroundPush
+    from .check import check_folder, find_stage_grid
+    from .push import PushFailed, collect_upload, push_folder, push_pipeline
 
 __getattr__, __all__ = lazy_names(
     __name__,
     {
-        "push": [
-            "check_folder",
-            "push_folder",
-            "push_pipeline",
-            "BackgroundPush",
-            "collect_upload",
-            "find_stage_grid",
-        ],
+        "background": ["BackgroundPush"],
+        "check": ["check_folder", "find_stage_grid"],
+        "push": ["PushFailed", "collect_upload", "push_folder", "push_pipeline"],
     },
 )

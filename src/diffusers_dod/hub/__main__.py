@@ -3,14 +3,14 @@
     diffusers-dod hub check outputs/mine --license apache-2.0
     diffusers-dod hub push outputs/mine user/my-model --license apache-2.0 --private
 
-`check` lists what is missing or wrong and uploads nothing. A push that was cut off leaves the repository as it was; the
-next one uploads only the large files that did not arrive.
+`check` lists what is missing or wrong and uploads nothing; its status is 1 if there is anything. A push that was cut off
+leaves the repository as it was; the next one uploads only the large files that did not arrive.
 """
 
 import argparse
 import sys
 
-from ..cli import BadInput, CommandError, Parser, first_line, run
+from ..cli import BadInput, Parser, run
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -36,19 +36,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def check_or_push(argv: list[str]) -> int:
     arguments = vars(parse_args(argv))
-    from .push import check_folder, push_folder
-
     if arguments.pop("command") == "check":
+        from .check import check_folder
+
         problems = check_folder(**arguments)
         print("\n".join(problems) if problems else f"{arguments['folder']} can be pushed.")
         return int(bool(problems))
+    from .push import push_folder
+
     try:
-        address = push_folder(**arguments)
+        address = push_folder(**arguments)  # a PushFailed is an OSError, which `run` prints
     except ValueError as error:
-        raise CommandError(str(error)) from error
-    except (OSError, RuntimeError) as error:  # huggingface_hub's: of the server, and of a large file on its way
-        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
-        raise BadInput(f"{first_line(error)}{cause}. To resume, repeat the command: nothing is sent twice") from error
+        raise BadInput(str(error)) from error
     if address is not None:
         print(address)
     return 0
