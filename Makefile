@@ -20,9 +20,9 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/bench.py
 
-# The study on digits, again, and how its figures lie to the committed ones; under an hour on two cores.
+# The study on digits, and its figures beside the committed ones; under an hour on two cores.
 evidence: $(VENV)/installed
-	$(VENV)/bin/python study/study.py digits --output_dir outputs/study
+	$(VENV)/bin/python study/run_study.py digits --output_dir outputs/study
 	$(VENV)/bin/python study/report.py digits --output_dir outputs/study --compare
 
 # Wheel and sdist, and the quickstart's sampling from the wheel in an empty environment.

@@ -14,8 +14,7 @@ MODULES = {
     "diffusers_dod.conversion": ["convert_backbone", "convert_checkpoint"],
     "diffusers_dod.hub": ["check_folder", "push_folder", "push_pipeline", "BackgroundPush"],
     "diffusers_dod.autoencoding": None,
-    "diffusers_dod.latent_cache": None,
-    "diffusers_dod.repa": None,
+    "diffusers_dod.data": None,
     "diffusers_dod.evaluation": None,
     "diffusers_dod.viz": None,
 }

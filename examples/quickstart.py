@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from classifier import measure, train_classifier
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
-from digits import load_digits, measure, train_classifier
+from digits import load_digits
 from tqdm import tqdm
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.training.objective import count_prior_rows, dod_loss, drop_labels, flow_example
+from diffusers_dod.training import count_prior_rows, dod_loss, drop_labels, flow_example
 from diffusers_dod.viz import stage_grid
 
 
@@ -67,7 +68,7 @@ def compile_blocks(*models: torch.nn.Module) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1))
     except Exception as error:
-        print(f"torch.compile does not work here, so training goes on without it ({type(error).__name__}).")
+        print(f"torch.compile does not work here; training without it ({type(error).__name__}).")
         return
     for model in models:
         model.compile_repeated_blocks()
@@ -133,7 +134,7 @@ def sample(pipe: DoDPipeline, labels: torch.Tensor, seed: int, **stages) -> list
 
 
 def save_grid(stages: list[torch.Tensor], path: Path) -> None:
-    """Writes a picture of the first ten digits, one class a column and one stage a row."""
+    """Writes a picture of the first ten digits, one class per column and one stage per row."""
     to_pictures = VaeImageProcessor().postprocess
     stage_grid([to_pictures(stage[:10], output_type="pil") for stage in stages]).save(path)
 

@@ -9,18 +9,15 @@
 
 import json
 import string
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import examples_path  # noqa: F401
 import numpy as np
 import torch
+from digits import load_digits
 from PIL import Image, ImageDraw, ImageFont
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from digits import load_digits  # noqa: E402
 
 
 class DataSet(NamedTuple):
@@ -81,7 +78,7 @@ def glyphs(source: Path | None) -> DataSet:
             families.append(font.getname()[0].split()[0])
     if not images:
         raise FileNotFoundError(
-            "There are no typefaces: `apt-get install --no-install-recommends $(cat font_packages.txt)`, or pass --source."
+            "There are no typefaces: `apt-get install --no-install-recommends $(cat study/font_packages.txt)`, or pass --source."
         )
     order = {family: number for number, family in enumerate(sorted(set(families)))}
     held_out = torch.tensor([order[family] % 8 == 0 for family in families])

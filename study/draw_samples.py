@@ -1,26 +1,22 @@
 """Pictures of what the study's models make, not chosen: the first samples of seed 0.
 
-    python examples/study/draw_samples.py glyphs --output_dir outputs/study     # writes docs/evidence/glyphs-samples.png
-    python examples/study/draw_samples.py emoji --output_dir outputs/study --guidance 2
+    python study/draw_samples.py glyphs --output_dir outputs/study     # writes study/results/glyphs-samples.png
+    python study/draw_samples.py emoji --output_dir outputs/study --guidance 2
 
 Rows from above: real images of the classes, the class-only model at equal steps, DoD's stage 1 and stage 2.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from data_sets import DataSet
 from diffusers.image_processor import VaeImageProcessor
-from experiments import STAGE, STUDIES
+from experiments import RESULTS, STAGE, STUDIES
 from measure_model import Setting, sample, sample_labels
+from run_study import Run, load_pipeline
 
 from diffusers_dod.viz import stage_grid
-from study import load_pipeline
-
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main():
@@ -36,12 +32,12 @@ def main():
     labels = sample_labels(data, args.columns)
     rows = [torch.stack([data.held_out_images[data.held_out_labels == label][n] for n, label in enumerate(labels)])]
     for name, steps in (("class_only", (2 * STAGE,)), ("dod", (STAGE, STAGE))):
-        record = json.loads((folder / "runs" / f"{name}-0.json").read_text())
-        step = record["steps"][-2 if name == "class_only" else -1]
-        pipe = load_pipeline(folder / "models" / f"{name}-0" / f"step-{step}", "cpu")
+        run = Run(folder, name, seed=0)
+        step = run.record()["steps"][-2 if name == "class_only" else -1]
+        pipe = load_pipeline(run.models / f"step-{step}", "cpu")
         rows += sample(pipe, Setting(steps, (args.guidance,) * len(steps)), labels, data, seed=0)
     to_pictures = VaeImageProcessor().postprocess
-    target = DOCS / "evidence" / f"{args.study}-samples.png"
+    target = RESULTS / f"{args.study}-samples.png"
     stage_grid([to_pictures(row, output_type="pil") for row in rows], scale=2).save(target)
     print(target)
 

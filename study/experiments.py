@@ -1,6 +1,7 @@
 """The runs of the study and how each is sampled."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from measure_model import Setting, unguided
@@ -14,6 +15,8 @@ class Study(NamedTuple):
     steps: int
 
 
+# The committed figures and pictures
+RESULTS = Path(__file__).parent / "results"
 # Each data set's steps, and those of a longer training.
 STUDIES = {
     "digits": Study("digits", 4000),
@@ -29,7 +32,6 @@ MARKS = (0.25, 0.5, 1.0)
 
 CLASS_ONLY = Variant(prior_drop=1.0)
 DOD = Variant(code_noise=0.3)
-DOD_REDRAWN = Variant(bottleneck=(4, 4), code_noise=0.3, redrawn_prior=1.0)
 
 # What every data set is run with.
 MAIN = {"class_only": CLASS_ONLY, "dod": DOD}
@@ -42,6 +44,7 @@ RIVALS = {
 # What is varied, one thing at a time.
 ABLATIONS = {
     "bottleneck grid 4x4, 1 channel": replace(DOD, bottleneck=(4, 1)),
+    "bottleneck grid 4x4, 4 channels": replace(DOD, bottleneck=(4, 4)),
     "bottleneck grid 2x2, 2 channels": replace(DOD, bottleneck=(2, 2)),
     "bottleneck grid 2x2, 8 channels": replace(DOD, bottleneck=(2, 8)),
     "bottleneck grid 2x2, 16 channels": replace(DOD, bottleneck=(2, 16)),
@@ -49,23 +52,12 @@ ABLATIONS = {
     "deeper embedder (3 + 2)": replace(DOD, embedder_layers=(3, 2)),
     "prior drop 0.25": replace(DOD, prior_drop=0.25),
     "prior drop 0.75": replace(DOD, prior_drop=0.75),
-    "priors from half of the training on": replace(DOD, prior_start=0.5),
     "no code noise": replace(DOD, code_noise=0.0),
     "code noise 0.6": replace(DOD, code_noise=0.6),
-    "input noise 0.5": replace(DOD, input_noise=0.5),
-    "own samples as priors": replace(DOD, own_prior=0.5),
-    "codes of own samples matched": replace(DOD, code_matching=0.1),
-    "learned code noise, price 1e-3": replace(DOD, noise_price=1e-3),
-    "learned code noise, price 1e-4": replace(DOD, noise_price=1e-4),
     "learning rate 1e-3": replace(DOD, learning_rate=1e-3),
     "learning rate 4e-3": replace(DOD, learning_rate=4e-3),
 }
-# Priors read from images that the model redrew, which want a wider bottleneck, and the same bottleneck without them.
-REDRAWN = {
-    "redrawn priors, grid 4x4, 4 channels": DOD_REDRAWN,
-    "grid 4x4, 4 channels": replace(DOD, bottleneck=(4, 4)),
-}
-VARIANTS = MAIN | RIVALS | ABLATIONS | REDRAWN
+VARIANTS = MAIN | RIVALS | ABLATIONS
 
 STAGE = 12
 PAIR = unguided(STAGE, STAGE)
@@ -107,21 +99,16 @@ SPLITS = [unguided(6, 18), unguided(18, 6), unguided(8, 8, 8), unguided(6, 6, 6,
 
 
 def settings(name: str, step: int, steps: list[int], more_guidance: bool = False) -> list[Setting]:
-    """How the run of a variant is sampled after `step`: most fully where it is compared, briefly on the way there."""
-    if more_guidance and name in MORE_GUIDANCE and step == steps[-1]:
-        return settings(name, step, steps) + MORE_GUIDANCE[name]
+    """How the run of a variant is sampled after `step`: most fully where it is compared, briefly before that."""
+    at_end = step == steps[-1]
+    more = MORE_GUIDANCE.get(name, []) if more_guidance and at_end else []
     if name == "class_only":
-        full = [LONG, *CLASS_ONLY_GUIDED]
-        # The last two are equal steps and equal time.
-        return {steps[-2]: [unguided(STAGE), *full], steps[-1]: full}.get(step, [LONG])
-    if name == "dod" and step != steps[-1]:
-        return [PAIR]
+        # The last two steps are those of equal steps and equal time.
+        first = [unguided(STAGE)] if step == steps[-2] else []
+        guided = CLASS_ONLY_GUIDED if step in steps[-2:] else []
+        return [*first, LONG, *guided, *more]
     if name == "dod":
-        return [ALL_STAGES, REAL_PRIOR, *SPLITS, *DOD_GUIDED]
-    if step != steps[-1]:
+        return [ALL_STAGES, REAL_PRIOR, *SPLITS, *DOD_GUIDED, *more] if at_end else [PAIR]
+    if not at_end:
         return []
-    if not VARIANTS[name].has_prior:
-        return [LONG]
-    noisy = [unguided(STAGE, STAGE, prior_noise=0.25)] if VARIANTS[name].input_noise else []
-    guided = DOD_GUIDED if VARIANTS[name].redrawn_prior else []
-    return [PAIR, REAL_PRIOR, *noisy, *guided]
+    return [PAIR, REAL_PRIOR] if VARIANTS[name].has_prior else [LONG]

@@ -1,6 +1,6 @@
 """Makes a repository of a model of the study: pipeline, figures, picture and card.
 
-python examples/study/keep_model.py digits --variant dod --seed 0 --target examples/pretrained/digits
+python study/keep_model.py digits --variant dod --seed 0 --target examples/pretrained/digits
 """
 
 import argparse
@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from experiments import ALL_STAGES, STAGE, STUDIES, VARIANTS
 from PIL import Image
+from run_study import Run
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline
@@ -26,9 +27,9 @@ NAMES = {
 }
 
 
-def evaluation(data: str, facts: dict, run: dict) -> dict:
-    """The unguided figures of all stages, in the form of evaluate_dod.py."""
-    rows = [row for row in run["rows"] if row["step"] == run["steps"][-1] and row["setting"] == str(ALL_STAGES)]
+def evaluation(data: str, facts: dict, record: dict) -> dict:
+    """The unguided figures of all stages, in the form of `diffusers-dod evaluate`."""
+    rows = [row for row in record["rows"] if row["step"] == record["steps"][-1] and row["setting"] == str(ALL_STAGES)]
     results = [
         {"metric": metric, "name": name, "value": round(row[metric], 4), "stage": row["stage"]}
         for row in rows
@@ -42,7 +43,7 @@ def evaluation(data: str, facts: dict, run: dict) -> dict:
         "num_inference_steps": STAGE,
         "guidance_scale": 1.0,
         "scheduler": "DPMSolverMultistepScheduler",
-        "seed": run["seed"],
+        "seed": record["seed"],
         "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": facts["torch"]},
         "results": results,
     }
@@ -71,20 +72,19 @@ def main():
     args = parser.parse_args()
 
     folder, data = args.output_dir / args.study, STUDIES[args.study].data
-    run = json.loads((folder / "runs" / f"{args.variant}-{args.seed}.json").read_text())
-    facts = json.loads((folder / "data.json").read_text())
-    models = folder / "models" / f"{args.variant}-{args.seed}".replace(" ", "_")
-    pipe = DoDPipeline.from_pretrained(models / f"step-{run['steps'][-1]}")
+    run = Run(folder, args.variant, args.seed)
+    record, facts = run.record(), json.loads((folder / "data.json").read_text())
+    pipe = DoDPipeline.from_pretrained(run.models / f"step-{record['steps'][-1]}")
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe, pipe.transformer, pipe.latent_embedder):
-        part.register_to_config(_name_or_path=None)  # where it lay on this machine
+        part.register_to_config(_name_or_path=None)  # a path of this machine
     # Without the code that DoDPipeline.save_pretrained adds: here it would only repeat src/.
     DiffusionPipeline.save_pretrained(pipe, args.target)
 
     (args.target / "evaluation.json").write_text(
-        json.dumps(evaluation(data, facts, run), indent=2, ensure_ascii=False)
+        json.dumps(evaluation(data, facts, record), indent=2, ensure_ascii=False)
     )
-    training = {"data": data, "max_train_steps": run["steps"][-1], "seed": args.seed}
+    training = {"data": data, "max_train_steps": record["steps"][-1], "seed": args.seed}
     training |= asdict(VARIANTS[args.variant]) | facts["size"]
     (args.target / "training_config.json").write_text(json.dumps(training, indent=2))
     draw_stages(pipe, args.target / "stages.png")

@@ -12,13 +12,13 @@ from diffusers_dod import DoDPipeline
 from diffusers_dod.evaluation import feature_statistics, frechet_distance
 
 
-# Guidance acts in the middle half of the steps unless said, which is DoDPipeline's default.
+# Guidance acts in the middle half of the steps by default, as in DoDPipeline.
 MIDDLE = (0.25, 0.75)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to sample: one entry a stage.
+    """How to sample: one entry per stage.
 
     Args:
         steps (`tuple` of `int`): denoising steps.
@@ -27,7 +27,6 @@ class Setting:
         intervals (`tuple` of pairs, *optional*): the guided part of each stage's steps.
         drop (`str`): what the guiding row goes without, `"class"` or `"both"` class and prior.
         autoguidance (`bool`): the guiding row is the prediction of the run's first checkpoint.
-        prior_noise (`float`): noise that the embedder's input gets, `(1 - s) x + s noise`.
         real_prior (`bool`): real training images take stage 1's place.
     """
 
@@ -37,7 +36,6 @@ class Setting:
     intervals: tuple[tuple[float, float], ...] | None = None
     drop: str = "class"
     autoguidance: bool = False
-    prior_noise: float = 0.0
     real_prior: bool = False
 
     def evaluations(self, stage: int) -> float:
@@ -65,8 +63,6 @@ class Setting:
             text += ", against neither class nor prior"
         if self.autoguidance:
             text += ", autoguidance"
-        if self.prior_noise:
-            text += f", prior noise {self.prior_noise:g}"
         return text + (", real prior" if self.real_prior else "")
 
 
@@ -91,29 +87,26 @@ def sample(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: Data
     batches = []
     for start in range(0, len(labels), 250):
         batch = labels[start : start + 250]
-        options = {"generator": generator, "output_type": "latent", "return_stages": True}
         first = None
         if setting.real_prior:
             # The n-th sample of a class has the n-th training image of it, in this order, as its prior.
             numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(batch, start=start)]
             of_class = {int(label): shuffled[data.labels[shuffled] == label] for label in batch.unique()}
             first = data.images[torch.stack([of_class[int(label)][n] for label, n in zip(batch, numbers)])]
-        elif setting.prior_noise:
-            first = pipe(batch, 1, setting.steps[0], setting.guidance[0], **options).images
-        if first is not None:
-            noise = torch.randn(first.shape, generator=generator).to(first.device)
-            options["image"] = (1 - setting.prior_noise) * first + setting.prior_noise * noise
-        stages = pipe(
+        output = pipe(
             batch,
+            image=first,
             num_stages=len(setting.steps),
             num_inference_steps=list(setting.steps),
             guidance_scale=list(setting.guidance),
             prior_guidance_scale=setting.prior_guidance,
             guidance_interval=list(setting.intervals) if setting.intervals else MIDDLE,
             guidance_drop=setting.drop,
-            **options,
-        ).stages
-        batches.append(stages if setting.real_prior or first is None else [first, *stages])
+            generator=generator,
+            output_type="latent",
+            return_stages=True,
+        )
+        batches.append(output.stages)
     return [torch.cat(stage).clamp(-1, 1) for stage in zip(*batches)]
 
 

@@ -1,34 +1,11 @@
 """What the study measures with: the features of a classifier, and principal components, which know nothing of classes."""
 
+import examples_path  # noqa: F401
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from classifier import Classifier, fit
 from data_sets import DataSet
 
 from diffusers_dod.evaluation import density_coverage, feature_statistics, frechet_distance, precision_recall
-
-
-class Classifier(nn.Module):
-    """A small CNN. Its 64 penultimate activations are the feature space of the Fréchet distance."""
-
-    def __init__(self, channels: int, size: int, num_classes: int):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(32 * (size // 4) ** 2, 64),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images))
 
 
 class Referee:
@@ -40,29 +17,24 @@ class Referee:
     """
 
     def __init__(self, data: DataSet, steps: int = 1500):
-        channels, size = data.images.shape[1:3]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.classifier = Classifier(channels, size, len(data.class_names))
-            optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=1e-3, weight_decay=1e-2)
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-                rows = torch.randint(len(data.images), (64,))
-                shift = torch.randint(-2, 3, (2,)).tolist()
-                images = data.images[rows].roll(shift, dims=(2, 3))
-                F.cross_entropy(self.classifier(images), data.labels[rows]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            self.classifier.eval()
+            self.classifier = self.build_classifier(data)
+            batches = (torch.randint(len(data.images), (64,)) for _ in range(steps))
+            learning_rates = (1e-3 * (1 - step / steps) for step in range(steps))
+            fit(self.classifier, data.images, data.labels, batches, learning_rates)
             self.mean = data.images.flatten(1).mean(dim=0)
             _, _, self.components = torch.pca_lowrank(data.images.flatten(1), q=64, niter=4)
         self.remember(data)
 
+    @staticmethod
+    def build_classifier(data: DataSet) -> Classifier:
+        return Classifier(*data.images.shape[1:3], num_classes=len(data.class_names), dropout=0.3)
+
     def remember(self, data: DataSet) -> None:
         self.real = self.features(data.images)
         self.real_components = self.principal_components(data.images)
-        held_out = self.classifier.head(self.features(data.held_out_images))
-        self.accuracy = (held_out.argmax(dim=1) == data.held_out_labels).float().mean().item()
+        self.accuracy = self.classifier.accuracy(self.features(data.held_out_images), data.held_out_labels)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {**self.classifier.state_dict(), "mean": self.mean, "components": self.components}
@@ -73,8 +45,7 @@ class Referee:
         referee = cls.__new__(cls)
         state = {name: tensor.to(data.images.device) for name, tensor in state.items()}
         referee.mean, referee.components = state.pop("mean"), state.pop("components")
-        channels, size = data.images.shape[1:3]
-        referee.classifier = Classifier(channels, size, len(data.class_names)).to(data.images.device).eval()
+        referee.classifier = cls.build_classifier(data).to(data.images.device).eval()
         referee.classifier.load_state_dict(state)
         referee.remember(data)
         return referee
@@ -89,7 +60,7 @@ class Referee:
 
     @torch.no_grad()
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Everything that one set of images is measured by.
+        """All figures of one set of images.
 
         Args:
             images (`torch.Tensor`): `(number, channels, size, size)` in [-1, 1].
@@ -104,7 +75,7 @@ class Referee:
         return {
             "fd": frechet_distance(feature_statistics(features), feature_statistics(self.real)),
             "fd_pca": frechet_distance(components, feature_statistics(self.real_components)),
-            "accuracy": (self.classifier.head(features).argmax(dim=1) == labels).float().mean().item(),
+            "accuracy": self.classifier.accuracy(features, labels),
             "precision": precision,
             "recall": recall,
             "density": density,

@@ -1,9 +1,9 @@
 """Tables and plots of the study's runs.
 
-    python examples/study/report.py digits --output_dir outputs/study             # writes docs/evidence/
-    python examples/study/report.py digits --output_dir outputs/study --compare   # compares with what is committed
+    python study/report.py digits --output_dir outputs/study             # writes study/results/ and the tables
+    python study/report.py digits --output_dir outputs/study --compare   # compares with the committed figures
 
-Writes `docs/evidence/<study>.json` (every figure of every run) and `<data set>-curves.png`, and puts the tables into
+Writes `<study>.json` (every figure of every run) and `<data set>-curves.png` to `study/results/`, and the tables to
 `docs/evidence.md`, each between `<!-- <study>:<table> -->` and `<!-- end -->`; the README has the first one too.
 """
 
@@ -25,7 +25,7 @@ from experiments import (
     MORE_GUIDANCE,
     PAIR,
     REAL_PRIOR,
-    REDRAWN,
+    RESULTS,
     RIVALS,
     SPLITS,
     STAGE,
@@ -38,8 +38,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-DOCS = Path(__file__).parents[2] / "docs"
-REPORT, README = DOCS / "evidence.md", DOCS.parent / "README.md"
+ROOT = Path(__file__).parents[1]
+REPORT, README = ROOT / "docs/evidence.md", ROOT / "README.md"
 FIGURES = {
     "fd": ("FD", 1),
     "fd_pca": ("FD, PCA", 2),
@@ -260,38 +260,6 @@ def ablation_table(results: Results) -> str:
     return table(head, lines)
 
 
-def redrawn_table(results: Results) -> str:
-    """DoD by what its priors are read from in training, each over all its seeds, beside the class-only model of equal steps."""
-    steps = results.steps
-    rival, guided_rival = ("class_only", steps, LONG, 1), best(results, "class_only", steps, CLASS_ONLY_GUIDED)
-    equal_time = ("class_only", results.equal_time, LONG, 1)
-    rows = [
-        ("class-only", rival, rival),
-        ("class-only, equal time", equal_time, equal_time),
-        (f"class-only, {guided_rival[2]}", guided_rival, guided_rival),
-    ]
-    for name in ("dod", *REDRAWN):
-        title = "grid 2x2, 4 channels" if name == "dod" else name
-        pair = ALL_STAGES if name == "dod" else PAIR
-        rows += [(f"{title}: stage {stage}", (name, steps, pair, stage), rival) for stage in (1, 2)]
-        rows.append((f"{title}: stage 2, over equal time", (name, steps, pair, 2), equal_time))
-        rows.append((f"{title}: real prior", (name, steps, REAL_PRIOR, 2), rival))
-        guided = measured(results, name, steps, DOD_GUIDED)
-        if guided:
-            key = nearest(results, guided)
-            rows.append((f"{title}: {key[2]}", key, guided_rival))
-    names = ["fd", "fd_pca", "accuracy", "precision", "recall", "coverage"]
-    lines = []
-    for title, key, other in rows:
-        found = results.seeds(*key)
-        if found:
-            ratios = [ratio(results, key, other, name) for name in ("fd", "fd_pca")]
-            lines.append([title, *figures(found, names), *ratios])
-    return table(
-        ["", *(FIGURES[name][0] for name in names), "FD over class-only's", "FD, PCA over class-only's"], lines
-    )
-
-
 def rival_table(results: Results) -> str:
     """The class-only model of other settings beside that of the main table, same seeds and steps."""
     names = ["fd", "fd_pca", "accuracy"]
@@ -394,8 +362,6 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
         tables["ablations"] = ablation_table
     if any(run["variant"] in RIVALS for run in results.runs):
         tables["rivals"] = rival_table
-    if any(run["variant"] in REDRAWN for run in results.runs):
-        tables["redrawn"] = redrawn_table
     more = {str(setting) for settings in MORE_GUIDANCE.values() for setting in settings}
     if any(row["setting"] in more for run in results.runs for row in run["rows"]):
         tables["guidance"] = guidance_table
@@ -403,22 +369,31 @@ def tables_of(results: Results) -> dict[str, Callable[[Results], str]]:
 
 
 def load_committed() -> dict[str, Results]:
-    """What docs/evidence holds, in the order of `STUDIES`."""
-    files = {name: DOCS / "evidence" / f"{name}.json" for name in STUDIES}
-    stored = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    return {name: Results(value["facts"], value["runs"]) for name, value in stored.items()}
-
-
-def put_table(page: Path, title: str, text: str) -> None:
-    """Replaces a table of a page."""
-    start, end = f"<!-- {title} -->\n", "\n<!-- end -->"
-    before, rest = page.read_text().split(start)
-    page.write_text(before + start + text + end + rest.split(end, 1)[1])
+    """What study/results holds, in the order of `STUDIES`."""
+    files = {name: RESULTS / f"{name}.json" for name in STUDIES}
+    return {name: Results(**json.loads(file.read_text())) for name, file in files.items() if file.exists()}
 
 
 def load(folder: Path) -> Results:
+    """What `run_study.py` wrote."""
     runs = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))]
     return Results(json.loads((folder / "data.json").read_text()), runs)
+
+
+def put_table(page: str, title: str, text: str) -> str:
+    """The text of a page with one of its tables replaced."""
+    start, end = f"<!-- {title} -->\n", "\n<!-- end -->"
+    before, rest = page.split(start)
+    return before + start + text + end + rest.split(end, 1)[1]
+
+
+def regenerate(report: str, readme: str, committed: dict[str, Results]) -> tuple[str, str]:
+    """Both pages with all tables made again from the committed results."""
+    for name, results in committed.items():
+        for title, make in tables_of(results).items():
+            report = put_table(report, f"{name}:{title}", make(results))
+    summary = summary_table(committed)
+    return put_table(report, "all:summary", summary), put_table(readme, "all:summary", summary)
 
 
 def main():
@@ -427,24 +402,23 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
-    for name in args.study:
-        results = load(args.output_dir / name)
-        if args.compare:
-            print(f"## {name}\n\n{ratio_table(results)}\n")
-            compare(results, load_committed()[name])
-            continue
-        (DOCS / "evidence").mkdir(exist_ok=True)
-        text = json.dumps({"facts": results.facts, "runs": results.runs}, indent=0)
-        (DOCS / "evidence" / f"{name}.json").write_text(text + "\n")
-        for title, make in tables_of(results).items():
-            put_table(REPORT, f"{name}:{title}", make(results))
-    if not args.compare:
+    new = {name: load(args.output_dir / name) for name in args.study}
+    if args.compare:
         committed = load_committed()
-        for data in {STUDIES[name].data for name in args.study}:
-            studies = [results for name, results in committed.items() if STUDIES[name].data == data]
-            plot_curves(studies, DOCS / "evidence" / f"{data}-curves.png")
-        for page in (REPORT, README):
-            put_table(page, "all:summary", summary_table(committed))
+        for name, results in new.items():
+            print(f"## {name}\n\n{ratio_table(results)}\n")
+            compare(results, committed[name])
+        return
+    for name, results in new.items():
+        text = json.dumps({"facts": results.facts, "runs": results.runs}, indent=0)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
+    committed = load_committed()
+    for data in {STUDIES[name].data for name in args.study}:
+        studies = [results for name, results in committed.items() if STUDIES[name].data == data]
+        plot_curves(studies, RESULTS / f"{data}-curves.png")
+    report, readme = regenerate(REPORT.read_text(), README.read_text(), committed)
+    REPORT.write_text(report)
+    README.write_text(readme)
 
 
 if __name__ == "__main__":

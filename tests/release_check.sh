@@ -16,7 +16,7 @@ trap 'rm -rf "$scratch"' EXIT
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE
 wheel=$(echo "$scratch"/dist/*.whl)
 "$scratch/environment/bin/python" -m pip install --quiet --no-compile --constraint constraints.txt "$wheel[examples]"
-cp examples/quickstart.py examples/digits.py "$scratch"
+cp examples/quickstart.py examples/digits.py examples/classifier.py "$scratch"
 cd "$scratch"
 # Compiling would take longer than all the rest.
 TORCHDYNAMO_DISABLE=1 environment/bin/python quickstart.py --max_steps 5 --num_samples 20 --output_dir .

@@ -1,18 +1,13 @@
 """The model in the repository: it loads, and its second stage is better than its first."""
 
-import sys
-
 import pytest
 import torch
+from classifier import measure, train_classifier
+from digits import load_digits
 from helpers import EXAMPLES
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.hub import check_folder
-
-
-sys.path.insert(0, str(EXAMPLES))
-
-from digits import load_digits, measure, train_classifier  # noqa: E402
 
 
 FOLDER = EXAMPLES / "pretrained" / "digits"

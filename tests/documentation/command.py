@@ -1,4 +1,4 @@
-"""Stands for `python`, `accelerate` and `torchrun`: has `server.py` run the command, and ends with its status."""
+"""Stands for `python`, `diffusers-dod`, `accelerate` and `torchrun`: has `server.py` run the command, and ends with its status."""
 
 import json
 import os

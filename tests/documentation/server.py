@@ -25,20 +25,21 @@ import diffusers
 
 # Each imports much of what commands need.
 IMPORTED = "accelerate.commands.accelerate_cli torch.distributed.run torchmetrics.image torch.utils.tensorboard"
-IMPORTED = [*IMPORTED.split(), "cache_latents", "evaluate_dod", "linear_probe", "sample_dod", "train_dod"]
+IMPORTED += " diffusers_dod.training.loop diffusers_dod.data.caching diffusers_dod.evaluation.sampling"
+IMPORTED += " diffusers_dod.evaluation.probing diffusers_dod.evaluation.extractors diffusers_dod.conversion.converting"
+IMPORTED += " diffusers_dod.hub.push diffusers_dod.viz.grids diffusers_dod.viz.codes"
 LAZILY_IMPORTED = ("AutoencoderKL", "DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
-MODULES = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
+MODULES = {
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+    "diffusers-dod": "diffusers_dod",
+}
 
 
 def import_libraries():
-    """What the scripts import; they themselves are read anew by the commands."""
-    examples = Path(__file__).parents[2] / "examples"
-    sys.path.insert(0, str(examples))
-    for name in IMPORTED:
+    """What the commands import."""
+    for name in IMPORTED.split():
         importlib.import_module(name)
-    sys.path.pop(0)
-    for path in examples.glob("*.py"):
-        sys.modules.pop(path.stem, None)
     for name in LAZILY_IMPORTED:
         getattr(diffusers, name)
 
@@ -55,7 +56,7 @@ def run(folder: Path, request: dict) -> None:
     while arguments[0] in ("-u", "-S"):
         arguments.pop(0)
     for words, more in json.loads((folder / "cuts.json").read_text()):
-        if program == "python" and set(words) <= set(arguments):
+        if program in ("python", "diffusers-dod") and set(words) <= set(arguments):
             arguments += more
     if arguments[0] == "-m":
         sys.path.insert(0, os.getcwd())

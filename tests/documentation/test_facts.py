@@ -12,10 +12,10 @@ import yaml
 import diffusers_dod
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("model_card.md",)]
-SOURCES = [*ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/\w+\.py) "([^"]+)"\)( ¹)?')
+SOURCES = [path for top in ("src", "examples", "study", "benchmarks") for path in ROOT.glob(f"{top}/**/*.py")]
+CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/[\w/]+\.py) "([^"]+)"\)( ¹)?')
 
 
 def without_code(text: str) -> str:
@@ -61,7 +61,7 @@ def test_options_and_files_that_are_named_exist(page):
     text = page.read_text()
     source = "\n".join(path.read_text() for path in SOURCES)
     # Of other programs
-    foreign = {"--config_file", "--nproc_per_node", "--editable", "--dry-run", "--help"}
+    foreign = {"--config_file", "--nproc_per_node", "--editable", "--dry-run", "--help", "--machine_rank"}
     foreign |= {"--no-compile", "--no-install-recommends"}
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - foreign:
         assert f'"{option}"' in source, option

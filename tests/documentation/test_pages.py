@@ -25,7 +25,7 @@ from training_runs import write_digits
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TINY = (
     '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}',
@@ -39,14 +39,14 @@ REPLACED = [
     ("make bench", "make --dry-run bench", "minutes of measuring"),
     ("make evidence", "make --dry-run evidence", "most of an hour"),
     (
-        "examples/space/app.py --model examples/pretrained/digits",
-        "examples/space/app.py --help",
-        "serves for ever; test_space.py opens it in a browser",
+        "diffusers-dod demo --model",
+        "diffusers-dod demo --help --model",
+        "serves for ever; test_demo.py opens it in a browser",
     ),
-    ("examples/study/study.py", "examples/study/study.py --help", "hours; test_study.py runs its parts"),
-    ("examples/study/report.py", "examples/study/report.py --help", "reads what the study wrote"),
-    ("examples/study/draw_samples.py", "examples/study/draw_samples.py --help", "the same"),
-    ("examples/study/keep_model.py", "examples/study/keep_model.py --help", "the same"),
+    ("study/run_study.py", "study/run_study.py --help", "hours; test_study.py runs its parts"),
+    ("study/report.py", "study/report.py --help", "reads what the study wrote"),
+    ("study/draw_samples.py", "study/draw_samples.py --help", "the same"),
+    ("study/keep_model.py", "study/keep_model.py --help", "the same"),
     ("make release-check", "make --dry-run release-check", "minutes of installing; .ci/run runs it"),
     ("make diffusers-tests", "make --dry-run diffusers-tests", "needs a checkout of diffusers"),
     ("apt-get install", "true", "needs the network"),
@@ -67,14 +67,14 @@ REPLACED = [
 # Words of a Python command, what is appended to it, and why; later options win.
 CUT = [
     ("examples/quickstart.py", ["--minutes", "0.01", "--num_samples", "20"], "size"),
-    ("examples/train_dod.py", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
-    ("examples/train_dod.py --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
-    ("examples/train_dod.py --repa_encoder", ["--repa_layer", "1"], "of one layer"),
-    ("examples/train_dod.py --recipe", ["--validation_steps", "0"], "size"),
-    ("examples/cache_latents.py", ["--batch_size", "4", "--dataloader_num_workers", "0"], "size"),
-    ("examples/sample_dod.py", ["--num_images", "12", "--num_inference_steps", "2"], "size"),
-    ("examples/evaluate_dod.py", ["--extractor", "facebook/dinov2-large"], "torch-fidelity's network is a download"),
-    ("-m diffusers_dod.convert", ["--num_attention_heads", "4", "--embedder_preset", "S"], "of the tiny checkpoint"),
+    ("diffusers_dod train", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
+    ("diffusers_dod train --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
+    ("diffusers_dod train --repa_encoder", ["--repa_layer", "1"], "of one layer"),
+    ("diffusers_dod train --recipe", ["--validation_steps", "0"], "size"),
+    ("diffusers_dod cache", ["--batch_size", "4", "--dataloader_num_workers", "0"], "size"),
+    ("diffusers_dod sample", ["--num_images", "12", "--num_inference_steps", "2"], "size"),
+    ("diffusers_dod evaluate", ["--extractor", "facebook/dinov2-large"], "torch-fidelity's network is a download"),
+    ("diffusers_dod convert", ["--num_attention_heads", "4", "--embedder_preset", "S"], "of the tiny checkpoint"),
 ]
 # Compiling takes a minute where nothing was compiled yet.
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -136,7 +136,7 @@ def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     (folder / "bin").mkdir()
     program = (ROOT / "tests/documentation/command.py").read_text()
-    for name in ("python", "accelerate", "torchrun"):
+    for name in ("python", "diffusers-dod", "accelerate", "torchrun"):
         (folder / "bin" / name).write_text(f"#!{sys.executable} -IS\n{program}")
         (folder / "bin" / name).chmod(0o755)
     (folder / "bin" / "activate").write_text("")
@@ -182,7 +182,9 @@ def run_page(text: str, page: str, commands, tmp_path: Path) -> None:
 def test_what_differs_from_the_pages_is_in_them():
     """No entry of the tables is left over."""
     text = "\n".join((ROOT / page).read_text() for page in PAGES)
-    commands = (text + (ROOT / "Makefile").read_text()).replace("\\\n", " ")
+    commands = (
+        (text + (ROOT / "Makefile").read_text()).replace("\\\n", " ").replace("diffusers-dod ", "diffusers_dod ")
+    )
     assert [old for old, _, _ in REPLACED if old not in text] == []
     for words, _, _ in CUT:
         assert any(set(words.split()) <= set(line.split()) for line in commands.splitlines()), words

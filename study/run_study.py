@@ -1,11 +1,11 @@
 """Evidence on real data: DoD against a class-only model of the same backbone, by one command.
 
-    python examples/study/study.py digits --output_dir outputs/study
-    python examples/study/study.py emoji emoji-long --source node_modules
+    python study/run_study.py digits --output_dir outputs/study
+    python study/run_study.py emoji emoji-long --source node_modules
 
-Data flows as: data set -> referee -> runs (train, save, sample, measure), each in a process of its own -> one JSON a run
--> tables and plots (`report.py`). What is there already is not repeated, so the same command goes on after a stop, and a
-setting that was added is measured without training again.
+Data flows as: data set -> referee -> runs (train, save, sample, measure), each in its own process -> one JSON per run
+-> tables and plots (`report.py`). The same command resumes after a stop: nothing that exists is repeated, and a new
+setting is measured without training again.
 """
 
 import argparse
@@ -18,54 +18,57 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import CLASS_ONLY, DOD, DOD_REDRAWN, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
+from experiments import CLASS_ONLY, DOD, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
 from measure_model import Setting, measure
 from referee import Referee
-from train_model import (
-    REDRAW_AT,
-    REDRAW_BATCH,
-    REDRAWN_PER_STEP,
-    Size,
-    build_models,
-    redraw,
-    train,
-    training_step,
-)
+from train_model import Size, build_models, train, training_step
 
 from diffusers_dod import DoDPipeline
 
 
-def step_time_ratios(data: DataSet, size: Size, repeats: int = 40) -> dict[str, float]:
-    """The time of a step of DoD, plain and with redrawn priors, over a class-only one's.
+class Run(NamedTuple):
+    """One variant of a study, trained with one seed: where its figures and models are."""
 
-    All by turns in this process, the median of all turns. A step with redrawn priors has its share of the redrawing.
-    """
+    folder: Path
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.folder.name}: {self.variant}, seed {self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "runs" / f"{self.variant}-{self.seed}.json"
+
+    @property
+    def models(self) -> Path:
+        return self.folder / "models" / f"{self.variant}-{self.seed}".replace(" ", "_")
+
+    def record(self) -> dict | None:
+        """What has been measured so far."""
+        return json.loads(self.result.read_text()) if self.result.exists() else None
+
+
+def step_time_ratio(data: DataSet, size: Size, repeats: int = 40) -> float:
+    """Time per training step of DoD over a class-only model's: both by turns in this process, the median of all turns."""
     torch.manual_seed(0)
-    variants = {"class-only": CLASS_ONLY, "DoD": DOD, "redrawn priors": DOD_REDRAWN}
-    models = {name: build_models(data, variant, size) for name, variant in variants.items()}
+    models = {variant: build_models(data, variant, size) for variant in (CLASS_ONLY, DOD)}
     for pair in models.values():
         for model in pair:
             model.to(data.images.device).compile_repeated_blocks()
-    rows = torch.randperm(len(data.images), device=data.images.device)[:REDRAW_BATCH]
-    ratios: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 5):
+    ratios = []
+    for _ in range(repeats + 5):
         seconds = {}
-        start = time.perf_counter()
-        redrawn = redraw(models["redrawn priors"][0], data, rows, DOD_REDRAWN.redraw_sigmas)
-        redrawing = seconds_since(start, data) / REDRAW_BATCH * len(REDRAW_AT) * REDRAWN_PER_STEP
-        for name, variant in variants.items():
+        for variant, pair in models.items():
             start = time.perf_counter()
-            of_variant = redrawn if variant.redrawn_prior else None
-            training_step(*models[name], data, variant, size.batch_size, redrawn=of_variant).backward()
-            seconds[name] = seconds_since(start, data)
-        seconds["redrawn priors"] += redrawing
-        if turn >= 5:
-            for name in variants:
-                ratios[name].append(seconds[name] / seconds["class-only"])
-    return {name: statistics.median(values) for name, values in ratios.items()}
+            training_step(*pair, data, variant, size.batch_size).backward()
+            seconds[variant] = seconds_since(start, data)
+        ratios.append(seconds[DOD] / seconds[CLASS_ONLY])
+    return statistics.median(ratios[5:])  # after warm-up
 
 
 def seconds_since(start: float, data: DataSet) -> float:
@@ -92,15 +95,13 @@ def prepare(name: str, source: Path | None, folder: Path, size: Size, num_sample
     torch.save(referee.state(), folder / "referee.pt")
     held_out = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:num_samples]
     parameters = [sum(p.numel() for p in model.parameters()) for model in build_models(data, DOD, size)]
-    ratios = step_time_ratios(on_device(data, device), size)
     facts = {
         "images": len(data.images),
         "held_out": len(data.held_out_images),
         "classes": len(data.class_names),
         "referee_accuracy": referee.accuracy,
         "real": referee.measure(data.held_out_images[held_out], data.held_out_labels[held_out]),
-        "step_time_ratio": ratios["DoD"],
-        "redrawn_time_ratio": ratios["redrawn priors"],
+        "step_time_ratio": step_time_ratio(on_device(data, device), size),
         "size": asdict(size),
         "parameters": {"transformer": parameters[0], "latent_embedder": parameters[1]},
         "num_samples": num_samples,
@@ -114,10 +115,11 @@ def on_device(data: DataSet, device: str) -> DataSet:
     return DataSet(*(value.to(device) if torch.is_tensor(value) else value for value in data))
 
 
-def missing_settings(name: str, record: dict, more_guidance: bool) -> dict[int, list[Setting]]:
-    """By step, what a run has not been sampled with yet; another setting needs no other training."""
+def missing_settings(record: dict, more_guidance: bool) -> dict[int, list[Setting]]:
+    """The settings that a run has not been sampled with yet, by step."""
     measured = {(row["step"], row["setting"]) for row in record["rows"]}
-    wanted = {step: settings(name, step, record["steps"], more_guidance) for step in record["steps"]}
+    steps = record["steps"]
+    wanted = {step: settings(record["variant"], step, steps, more_guidance) for step in steps}
     missing = {step: [s for s in of if (step, str(s)) not in measured] for step, of in wanted.items()}
     return {step: of for step, of in missing.items() if of}
 
@@ -129,36 +131,23 @@ def load_pipeline(folder: Path, device: str) -> DoDPipeline:
     return pipe
 
 
-def run(
-    folder: Path,
-    name: str,
-    seed: int,
-    steps: list[int],
-    size: Size,
-    num_samples: int,
-    device: str,
-    more_guidance: bool,
-) -> None:
-    """Trains one model, measures it at every mark and writes `runs/name-seed.json`."""
+def execute(run: Run, steps: list[int], size: Size, num_samples: int, device: str, more_guidance: bool) -> None:
+    """Trains one model, measures it at each of `steps` and writes its result; an existing model is only measured."""
     torch.set_num_threads(1)
-    variant = VARIANTS[name]
     # Both files are this study's own; tensors only are read.
-    data = on_device(DataSet(**torch.load(folder / "data.pt", weights_only=True)), device)
-    referee = Referee.load(torch.load(folder / "referee.pt", weights_only=True), data)
-    result = folder / "runs" / f"{name}-{seed}.json"
-    models = folder / "models" / f"{name}-{seed}".replace(" ", "_")
-    if result.exists():
-        record = json.loads(result.read_text())
-    else:
+    data = on_device(DataSet(**torch.load(run.folder / "data.pt", weights_only=True)), device)
+    referee = Referee.load(torch.load(run.folder / "referee.pt", weights_only=True), data)
+    record = run.record()
+    if record is None:
         start = time.monotonic()
-        train(data, variant, size, steps, seed, models)
+        train(data, VARIANTS[run.variant], size, steps, run.seed, run.models)
         seconds = round(time.monotonic() - start)
-        record = {"variant": name, "seed": seed, "steps": steps, "training_seconds": seconds, "rows": []}
-    for step, missing in missing_settings(name, record, more_guidance).items():
-        pipe, weak = (load_pipeline(models / f"step-{number}", device) for number in (step, record["steps"][0]))
-        for row in measure(pipe, weak, missing, num_samples, data, referee, seed):
+        record = {"variant": run.variant, "seed": run.seed, "steps": steps, "training_seconds": seconds, "rows": []}
+    for step, missing in missing_settings(record, more_guidance).items():
+        pipe, weak = (load_pipeline(run.models / f"step-{number}", device) for number in (step, record["steps"][0]))
+        for row in measure(pipe, weak, missing, num_samples, data, referee, run.seed):
             record["rows"].append({"step": step, **row})
-        write_json(result, record)
+        write_json(run.result, record)
 
 
 def main():
@@ -169,37 +158,37 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN))
     parser.add_argument("--more_guidance", action="store_true", help="other kinds of guidance too, of the main models")
-    parser.add_argument("--steps", type=int, help="of a run; the study's own if not given")
+    parser.add_argument("--steps", type=int, help="per run (default: the study's own)")
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--width", type=int, default=Size.width, help="of the backbone, in heads of 32")
     parser.add_argument("--layers", type=int, default=Size.layers)
     parser.add_argument("--batch_size", type=int, default=Size.batch_size)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one CPU thread each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one CPU thread each")
     args = parser.parse_args()
     size = Size(args.width, args.width // 32, args.layers, args.batch_size)
 
-    jobs = []
+    jobs: dict[Run, list[int]] = {}
     for name in args.study:
         folder = args.output_dir / name
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         prepare(STUDIES[name].data, args.source, folder, size, args.num_samples, args.device)
         ratio = json.loads((folder / "data.json").read_text())["step_time_ratio"]
-        for seed in args.seeds:
-            for variant in args.variants:
-                result = folder / "runs" / f"{variant}-{seed}.json"
-                record = json.loads(result.read_text()) if result.exists() else None
-                if record is not None and not missing_settings(variant, record, args.more_guidance):
-                    continue
-                total = args.steps or STUDIES[name].steps
-                steps = [round(total * mark) for mark in MARKS]
-                if variant == "class_only":
-                    steps.append(round(total * max(ratio, 1.05)))
-                jobs.append((folder, variant, seed, steps, size, args.num_samples, args.device, args.more_guidance))
+        for run in (Run(folder, variant, seed) for seed in args.seeds for variant in args.variants):
+            record = run.record()
+            if record is not None and not missing_settings(record, args.more_guidance):
+                continue
+            total = args.steps or STUDIES[name].steps
+            jobs[run] = [round(total * mark) for mark in MARKS]
+            if run.variant == "class_only":
+                jobs[run].append(round(total * max(ratio, 1.05)))
 
     # The blocks compile in every process; spawned ones share nothing but the compiler's cache.
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, *job): f"{job[0].name}: {job[1]}, seed {job[2]}" for job in jobs}
+        futures = {
+            pool.submit(execute, run, steps, size, args.num_samples, args.device, args.more_guidance): run
+            for run, steps in jobs.items()
+        }
         start = time.monotonic()
         for number, future in enumerate(as_completed(futures), start=1):
             future.result()
