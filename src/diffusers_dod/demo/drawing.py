@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import load_image
@@ -135,7 +136,8 @@ def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Fini
     def finish(stage: int, latents: torch.Tensor) -> None:
         stages.append(latents)
         maps = [maps[0] for maps in stage_code_maps(pipe, stages)]
-        events.put(Finished(stage, pipe.decode(latents, "pil")[0], maps))
+        images: Any = pipe.decode(latents, "pil")
+        events.put(Finished(stage, images[0], maps))
 
     first_step = 0
 
