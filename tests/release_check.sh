@@ -18,7 +18,7 @@ unset PYTHONPATH PYTHONDONTWRITEBYTECODE
 wheel=$(echo "$scratch"/dist/*.whl)
 "$scratch/environment/bin/python" -m pip install --quiet --no-compile --constraint constraints.txt \
   "$wheel[examples,evaluation,viz,demo]"
-cp examples/quickstart.py examples/classifier.py "$scratch"
+cp examples/quickstart.py examples/classifier.py examples/digits.py "$scratch"
 cd "$scratch"
 PATH=$scratch/environment/bin:$PATH
 # Nothing is downloaded, and compiling would take longer than all the rest.

@@ -96,7 +96,7 @@ BAD_INPUTS = {
     "too many intervals": ({"guidance_interval": [(0, 1)] * 3}, "`guidance_interval` has 3 entries"),
     "NaN scale": ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
     "infinite scale": ({"prior_guidance_scale": [1.0, float("inf")]}, "`prior_guidance_scale` is inf"),
-    "no scale": ({"guidance_scale": None}, "`guidance_scale` is None"),
+    "no scale": ({"guidance_scale": [1.0, None]}, "`guidance_scale` is None"),
     "scale as text": ({"guidance_scale": "2"}, "`guidance_scale` is '2'"),
     "interval backwards": ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval` is \(0.8, 0.2\)"),
     "interval in steps": ({"guidance_interval": (0, 20)}, r"`guidance_interval` is \(0, 20\)"),

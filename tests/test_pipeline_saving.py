@@ -89,7 +89,14 @@ def test_components_make_another_pipeline():
     pipe = tiny_pipeline(vae=tiny_vae("kl"), id2label=LABELS)
     # The table of names is no component.
     other = DoDPipeline(**pipe.components, id2label=pipe.config.id2label)
-    assert set(pipe.components) == {"transformer", "latent_embedder", "scheduler", "vae"}
+    assert set(pipe.components) == {
+        "transformer",
+        "latent_embedder",
+        "scheduler",
+        "vae",
+        "code_transformer",
+        "code_scheduler",
+    }
     assert torch.equal(sample(other), sample(pipe))
     assert other.labels == pipe.labels
 

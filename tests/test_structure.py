@@ -10,8 +10,8 @@ import diffusers_dod
 PACKAGE = Path(diffusers_dod.__file__).parent
 # From the ground up; a package stands for all of its modules.
 LEVELS = [
-    ["layers", "autoencoding", "presets", "randomness", "files", "cli", "processes", "_lazy"],
-    ["transformer_dod", "latent_embedder_dod"],
+    ["layers", "autoencoding", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
+    ["transformer_dod", "latent_embedder_dod", "labels", "priors"],
     ["compatibility"],
     ["repository"],
     ["hub"],

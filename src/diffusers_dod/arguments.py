@@ -42,12 +42,11 @@ def check_steps(num_inference_steps: Any, num_stages: int) -> None:
             raise ValueError(f"`num_inference_steps` is {steps!r}; every stage needs an integer of at least 1.")
 
 
-def check_scales(num_stages: int, **scales: Any) -> None:
-    """Finite numbers, or `None` where there is a default."""
-    for name, value in scales.items():
-        for scale in per_stage(value, num_stages):
-            if scale is not None and not is_finite(scale):
-                raise ValueError(f"`{name}` is {scale!r}; every stage needs a finite number.")
+def check_scales(name: str, value: Any, num_stages: int, or_none: bool = False) -> None:
+    """Finite numbers; with `or_none` also `None`."""
+    for scale in per_stage(value, num_stages):
+        if not is_finite(scale) and not (or_none and scale is None):
+            raise ValueError(f"`{name}` is {scale!r}; every stage needs a finite number.")
 
 
 def check_intervals(guidance_interval: Any, num_stages: int) -> None:

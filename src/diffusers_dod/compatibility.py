@@ -39,6 +39,30 @@ def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | N
         )
 
 
+def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: Any) -> None:
+    """Compares a model of codes with the models around it; all are configs.
+
+    Raises:
+        ValueError: naming what differs, or that the codes' statistics are missing.
+    """
+    channels = latent_embedder.bottleneck_dim
+    for what, code_value, value in (
+        ("`in_channels`", code_transformer.in_channels, channels),
+        ("`out_channels`", code_transformer.out_channels or code_transformer.in_channels, channels),
+        ("`num_classes`", code_transformer.num_classes, transformer.num_classes),
+    ):
+        if code_value != value:
+            raise ValueError(
+                f"The code model's {what} is {code_value} but the latent embedder and the transformer need {value}: load "
+                "the code model that was trained with them."
+            )
+    if latent_embedder.codes_mean is None or latent_embedder.codes_std is None:
+        raise ValueError(
+            "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: load the embedder "
+            "that was saved with the code model."
+        )
+
+
 def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a scheduler's config that its class reads.
 

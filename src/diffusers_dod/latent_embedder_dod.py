@@ -10,6 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .layers import DoDRotaryEmbedding, DoDViTBlock, initialize_linear_xavier, patchify
 
@@ -50,6 +51,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
         mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        codes_mean (`list` of `float`, *optional*), codes_std (`list` of `float`, *optional*):
+            Mean and standard deviation of each channel of the codes of the training data, for a code model.
     """
 
     _supports_gradient_checkpointing = True
@@ -72,8 +75,13 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         output_patch_size: int | None = None,
         mlp_ratio: float = 4.0,
         rope_theta: float = 10000.0,
+        codes_mean: list[float] | None = None,
+        codes_std: list[float] | None = None,
     ):
         super().__init__()
+        for name, values in (("codes_mean", codes_mean), ("codes_std", codes_std)):
+            if values is not None and len(values) != bottleneck_dim:
+                raise ValueError(f"`{name}` has {len(values)} entries for a `bottleneck_dim` of {bottleneck_dim}.")
         dim = num_attention_heads * attention_head_dim
         self.output_patch_size = patch_size if output_patch_size is None else output_patch_size
 
@@ -96,10 +104,109 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.apply(initialize_linear_xavier)
         nn.init.zeros_(self.proj_out.weight)
 
+    def _run(self, blocks: nn.ModuleList, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        rotary_emb = self.rope(*grid, hidden_states.device)
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
+            else:
+                hidden_states = block(hidden_states, rotary_emb)
+        return hidden_states
+
+    def code_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the codes of latents of that size."""
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    @apply_forward_hook  # which lets offloading move the model here as well
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Compresses latents to codes.
+
+        Args:
+            latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
+
+        Returns:
+            `torch.Tensor`: `(batch, height/patch * width/patch, bottleneck_dim)`, row-major.
+
+        Raises:
+            ValueError: if `patch_size` does not divide the latents.
+        """
+        grid = self.code_grid(*latents.shape[-2:])
+        hidden_states = self.patch_embed(patchify(latents, self.config.patch_size))
+        hidden_states = self._run(self.encoder_blocks, hidden_states, grid)
+        return self.to_codes(self.norm_codes(hidden_states))
+
+    @apply_forward_hook
+    def decode(self, codes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Decodes codes to prior tokens.
+
+        Args:
+            codes (`torch.Tensor`): `(batch, height/patch * width/patch, bottleneck_dim)`, as `encode` returns them.
+            height (`int`), width (`int`): size of the latents that the tokens are for.
+
+        Returns:
+            `torch.Tensor`: `(batch, height/output_patch * width/output_patch, output_dim)`.
+
+        Raises:
+            ValueError: if the codes are not those of latents of that size, or `output_patch_size` does not divide it.
+        """
+        grid, output_patch_size = self.code_grid(height, width), self.output_patch_size
+        if height % output_patch_size or width % output_patch_size:
+            raise ValueError(
+                f"Latents of {height}x{width} do not fit the transformer's patch of {output_patch_size}: choose a height "
+                f"and a width that are multiples of {output_patch_size}."
+            )
+        if codes.shape[1:] != (grid[0] * grid[1], self.config.bottleneck_dim):
+            raise ValueError(
+                f"Codes are {tuple(codes.shape)}, but latents of {height}x{width} have {grid[0]}x{grid[1]} codes of "
+                f"{self.config.bottleneck_dim} numbers: (batch, {grid[0] * grid[1]}, {self.config.bottleneck_dim})."
+            )
+        output_grid = (height // output_patch_size, width // output_patch_size)
+        if output_grid != grid:
+            codes = codes.transpose(1, 2).unflatten(2, grid)
+            codes = F.interpolate(codes, size=output_grid, mode="bilinear", align_corners=False)
+            codes = codes.flatten(2).transpose(1, 2)
+        hidden_states = self._run(self.decoder_blocks, self.from_codes(codes), output_grid)
+        return self.proj_out(self.norm_out(hidden_states))
+
+    def normalize_codes(self, codes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Codes as a code model reads them: standardised per channel, on their grid.
+
+        Args:
+            codes (`torch.Tensor`): `(batch, rows * columns, bottleneck_dim)`.
+            height (`int`), width (`int`): size of their latents.
+
+        Returns:
+            `torch.Tensor`: `(batch, bottleneck_dim, rows, columns)`.
+
+        Raises:
+            ValueError: if the config has no `codes_mean` and `codes_std`.
+        """
+        mean, std = self._code_statistics(codes)
+        return ((codes - mean) / std).transpose(1, 2).unflatten(2, self.code_grid(height, width))
+
+    def denormalize_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`~DoDLatentEmbedder.normalize_codes`]."""
+        codes = codes.flatten(2).transpose(1, 2)
+        mean, std = self._code_statistics(codes)
+        return codes * std + mean
+
+    def _code_statistics(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.codes_mean is None or self.config.codes_std is None:
+            raise ValueError(
+                "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: "
+                "`diffusers-dod train-codes` measures them."
+            )
+        mean, std = (
+            torch.tensor(values, device=codes.device, dtype=codes.dtype)
+            for values in (self.config.codes_mean, self.config.codes_std)
+        )
+        return mean, std
+
     def forward(
         self, latents: torch.Tensor, return_dict: bool = True, code_noise: torch.Tensor | None = None
     ) -> DoDLatentEmbedderOutput | tuple:
-        """
+        """`encode`, then `decode`.
+
         Args:
             latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
             return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
@@ -113,45 +220,11 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         Raises:
             ValueError: if `patch_size` or `output_patch_size` does not divide the latents.
         """
-        batch, _, height, width = latents.shape
-        patch_size, output_patch_size = self.config.patch_size, self.output_patch_size
-        if height % output_patch_size or width % output_patch_size:
-            raise ValueError(
-                f"Latents of {height}x{width} do not fit the transformer's patch of {output_patch_size}: choose a height "
-                f"and a width that are multiples of {output_patch_size}."
-            )
-        grid = (height // patch_size, width // patch_size)
-        output_grid = (height // output_patch_size, width // output_patch_size)
-
-        # 1. Encoder, on the embedder's own grid
-        hidden_states = self.patch_embed(patchify(latents, patch_size))
-        rotary_emb = self.rope(*grid, latents.device)
-        for block in self.encoder_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
-            else:
-                hidden_states = block(hidden_states, rotary_emb)
-
-        # 2. Bottleneck, brought to the transformer's grid
-        codes = self.to_codes(self.norm_codes(hidden_states))
-        output_codes = codes
+        codes = self.encode(latents)
+        seen = codes
         if code_noise is not None:
-            output_codes = codes + code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
-        if output_grid != grid:
-            output_codes = output_codes.transpose(1, 2).unflatten(2, grid)
-            output_codes = F.interpolate(output_codes, size=output_grid, mode="bilinear", align_corners=False)
-            output_codes = output_codes.flatten(2).transpose(1, 2)
-            rotary_emb = self.rope(*output_grid, latents.device)
-
-        # 3. Decoder, to tokens of the transformer's width
-        hidden_states = self.from_codes(output_codes)
-        for block in self.decoder_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
-            else:
-                hidden_states = block(hidden_states, rotary_emb)
-        prior_tokens = self.proj_out(self.norm_out(hidden_states))
-
+            seen = codes + code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
+        prior_tokens = self.decode(seen, *latents.shape[-2:])
         if not return_dict:
             return (prior_tokens, codes)
         return DoDLatentEmbedderOutput(prior_tokens=prior_tokens, codes=codes)

@@ -1,11 +1,9 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Optional
 
 import numpy as np
@@ -18,12 +16,27 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .autoencoding import decode_latents, encode_images, vae_spatial_factor
-from .compatibility import check_components, check_scheduler, keeps_variance
+from .arguments import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_intervals,
+    check_per_stage,
+    check_scales,
+    check_steps,
+    check_tensor,
+    is_count,
+    per_stage,
+)
+from .autoencoding import decode_latents, vae_spatial_factor
+from .compatibility import check_code_model, check_components, check_scheduler, keeps_variance
+from .labels import ClassLabelsMixin, synonyms
+from .priors import PriorImage, PriorInputsMixin
 from .repository import DoDRepositoryMixin
 
 
-PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
+# Class guidance where a call gives none: of stage 1, of a stage after another, and of one that starts from codes.
+FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 1.25
 
 
 @dataclass
@@ -32,18 +45,23 @@ class DoDPipelineOutput(BaseOutput):
     Args:
         images (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the last stage's samples.
         stages (`list`, *optional*): every stage's samples, the first that ran first; `None` unless asked for.
+        codes (`torch.Tensor`, *optional*):
+            What the first stage with a prior saw, `(images, rows * columns, bottleneck_dim)`: generated, the user's own,
+            or those of the stage before. `None` if no stage had a prior.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     stages: list[list[PIL.Image.Image] | np.ndarray | torch.Tensor] | None = None
+    codes: torch.Tensor | None = None
 
 
 # The Sana mixin is the plainest of diffusers' LoRA loaders: a transformer's adapters and nothing model-specific.
-class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
 
     Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
-    embedder reads off the stage before; the embedder runs once a stage.
+    embedder extracts from the stage before; the embedder runs once per stage. With a code model the codes come from
+    there, and every stage sees a prior.
 
     Parameters:
         transformer ([`DoDTransformer2DModel`]): denoiser of all stages.
@@ -52,10 +70,13 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         vae ([`ModelMixin`], *optional*): image autoencoder; `None` is pixel space.
         id2label (`dict` of `str` or `int` to `str`, *optional*):
             Class id to name, saved in the pipeline's config. A name may hold synonyms separated by commas.
+        code_transformer ([`DoDTransformer2DModel`], *optional*):
+            Model of the codes: denoises the embedder's normalised codes, `(batch, bottleneck_dim, rows, columns)`.
+        code_scheduler ([`SchedulerMixin`], *optional*): its scheduler.
     """
 
-    model_cpu_offload_seq = "latent_embedder->transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "code_transformer->latent_embedder->transformer->vae"
+    _optional_components = ["vae", "code_transformer", "code_scheduler"]
     _callback_tensor_inputs = ["latents", "prior_tokens"]
 
     # Of the call that runs
@@ -63,6 +84,8 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     _current_stage: int
     _num_timesteps: int
     _interrupt: bool
+    _guidance_scale: Any
+    _prior_guidance_scale: Any
 
     def __init__(
         self,
@@ -72,21 +95,28 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         scheduler: SchedulerMixin,
         vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
         id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
+        code_transformer: Optional[ModelMixin] = None,  # noqa: UP045
+        code_scheduler: Optional[SchedulerMixin] = None,  # noqa: UP045
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, latent_embedder=latent_embedder, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            transformer=transformer,
+            latent_embedder=latent_embedder,
+            scheduler=scheduler,
+            vae=vae,
+            code_transformer=code_transformer,
+            code_scheduler=code_scheduler,
+        )
         # JSON turns integer keys into strings, so they are strings from the start.
         id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
         self.register_to_config(id2label=id2label or None)
 
-        self.labels: dict[str, list[int]] = {}
-        for class_id, name in id2label.items():
-            for synonym in dict.fromkeys([name.strip(), *(part.strip() for part in name.split(","))]):
-                self.labels.setdefault(synonym, []).append(int(class_id))
-
+        self.labels = synonyms(id2label)
         if transformer is None or latent_embedder is None:
             return
         check_components(transformer.config, latent_embedder.config, vae)
+        if code_transformer is not None:
+            check_code_model(code_transformer.config, transformer.config, latent_embedder.config)
         channels = transformer.config.in_channels
         self.spatial_factor = vae_spatial_factor(vae)
         self.image_processor = VaeImageProcessor(
@@ -143,60 +173,6 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of label names.
-
-        Args:
-            label (`str` or `list` of `str`): one name or several; a name of `id2label` or one of its synonyms.
-
-        Raises:
-            ValueError: for an unknown name, with the nearest ones, and for a name that several classes share.
-        """
-        ids = []
-        for name in [label] if isinstance(label, str) else label:
-            matches = self.labels.get(name.strip(), [])
-            if not self.labels:
-                raise ValueError(f"This pipeline has no label names, so {name!r} is unknown: pass class ids instead.")
-            if not matches:
-                near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
-                raise ValueError(f"{name!r} is not a label. The nearest are {', '.join(map(repr, near))}.")
-            if len(matches) > 1:
-                raise ValueError(f"{name!r} names the classes {matches}: pass one of these ids instead.")
-            ids.append(matches[0])
-        return ids
-
-    def prepare_class_labels(self, class_labels: int | str | None | list | torch.Tensor) -> list[int]:
-        """Class ids of whatever names the classes; `None` becomes the null class.
-
-        Args:
-            class_labels: an id, a name, `None` (unconditional) or a list or tensor of them.
-
-        Raises:
-            ValueError: if the list is empty, an id is out of range or a name is unknown.
-        """
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple, range)):
-            class_labels = [class_labels]
-        if not class_labels:
-            raise ValueError("`class_labels` is empty: pass at least one class id or name.")
-
-        num_classes = self.transformer.config.num_classes
-        ids = []
-        for label in class_labels:
-            if label is None:
-                ids.append(num_classes)
-            elif isinstance(label, str):
-                ids += self.get_label_ids(label)
-            elif self._is_count(label, least=0) and label < num_classes:
-                ids.append(int(label))
-            else:
-                raise ValueError(
-                    f"Class {label!r} is out of range: this model has {num_classes} classes, so pass an integer from 0 "
-                    f"to {num_classes - 1}, or None for an unconditional sample."
-                )
-        return ids
-
     def check_inputs(
         self,
         batch_size,
@@ -213,45 +189,29 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         image,
         output_type,
         callback_on_step_end_tensor_inputs,
+        prior_source,
+        codes,
+        code_num_inference_steps,
+        code_guidance_scale,
     ):
-        if not self._is_count(num_stages):
-            raise ValueError(f"`num_stages` is {num_stages!r}; it must be an integer of at least 1.")
+        check_count("num_stages", num_stages)
         if image is not None and num_stages < 2:
             raise ValueError("`image` replaces stage 1, so `num_stages` must be at least 2.")
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("guidance_scale", guidance_scale),
-            ("prior_guidance_scale", prior_guidance_scale),
-            ("guidance_interval", guidance_interval),
-        ):
-            if isinstance(value, list) and len(value) != num_stages:
-                raise ValueError(
-                    f"`{name}` has {len(value)} entries for {num_stages} stages: pass one entry a stage, or one value."
-                )
-        for steps in self._per_stage(num_inference_steps, num_stages):
-            if not self._is_count(steps):
-                raise ValueError(f"`num_inference_steps` is {steps!r}; every stage needs an integer of at least 1.")
-        for name, value in (("guidance_scale", guidance_scale), ("prior_guidance_scale", prior_guidance_scale)):
-            for scale in self._per_stage(value, num_stages):
-                if name == "prior_guidance_scale" and scale is None:
-                    continue
-                if not isinstance(scale, Real) or not math.isfinite(scale):
-                    raise ValueError(f"`{name}` is {scale!r}; every stage needs a finite number.")
-        for interval in self._per_stage(guidance_interval, num_stages):
-            is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
-            if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
-                raise ValueError(
-                    f"`guidance_interval` is {interval!r}; pass a tuple (start, stop) with 0 <= start <= stop <= 1, or "
-                    "a list of them, one a stage."
-                )
-        if guidance_drop not in ("class", "prior", "both"):
-            raise ValueError(f"`guidance_drop` is {guidance_drop!r}; use 'class', 'prior' or 'both'.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images: pass one, or one for each of the images."
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}; use 'pil', 'np', 'pt' or 'latent'.")
+        check_per_stage(
+            num_stages,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            prior_guidance_scale=prior_guidance_scale,
+            guidance_interval=guidance_interval,
+        )
+        check_steps(num_inference_steps, num_stages)
+        if guidance_scale is not None:
+            check_scales("guidance_scale", guidance_scale, num_stages)
+        check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
+        check_intervals(guidance_interval, num_stages)
+        check_choice("guidance_drop", guidance_drop, ("class", "prior", "both"))
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        check_generator(generator, batch_size)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -259,33 +219,27 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             )
 
         patch_size = self.transformer.config.patch_size
-        if num_stages > 1:  # or a size that only the embedder cannot cut would fail after stage 1
+        if num_stages > 1 or prior_source == "codes":  # or a size that only the embedder cannot cut would fail late
             patch_size = math.lcm(patch_size, self.latent_embedder.config.patch_size)
         multiple = self.spatial_factor * patch_size
-        if height < 1 or width < 1 or height % multiple or width % multiple:
+        if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
             raise ValueError(
                 f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
             )
-        shape = (batch_size, *self._latent_shape(height, width))
         if latents is not None:
-            if not torch.is_tensor(latents) or tuple(latents.shape) != shape:
-                given = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
-                raise ValueError(f"`latents` is {given}; for these arguments it must be a tensor of {shape}.")
-            if not torch.isfinite(latents).all():
-                raise ValueError("`latents` holds NaN or infinite values.")
+            check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
-
-    @staticmethod
-    def _is_count(value: Any, least: int = 1) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-    @staticmethod
-    def _per_stage(value: Any, num_stages: int) -> list:
-        return value if isinstance(value, list) else [value] * num_stages
-
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        channels = self.transformer.config.in_channels
-        return channels, height // self.spatial_factor, width // self.spatial_factor
+        if prior_source == "codes" and codes is None:
+            check_count("code_num_inference_steps", code_num_inference_steps)
+            check_scales("code_guidance_scale", code_guidance_scale, 1)
+            check_scheduler(type(self.code_scheduler), self.code_scheduler.config, self.code_transformer.config)
+            code_patch_size = self.code_transformer.config.patch_size
+            grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+            if grid[0] % code_patch_size or grid[1] % code_patch_size:
+                raise ValueError(
+                    f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of "
+                    f"{code_patch_size} does not divide: choose another size, pass `codes`, or `prior_source='stage'`."
+                )
 
     def prepare_latents(
         self,
@@ -303,60 +257,34 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device=device, dtype=dtype)
 
-    def prepare_image_latents(
+    def generate_codes(
         self,
-        image: PriorImage,
-        batch_size: int,
-        num_images_per_prompt: int,
+        class_ids: torch.Tensor,
         height: int,
         width: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> torch.Tensor:
-        """Latents of a user's own picture, which stand for the sample of stage 1.
-
-        Args:
-            image: one picture for all samples, one for each label or one for each sample: PIL, array or tensor in
-                [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
-                pictures have that shape too, one with negative values is.
-            batch_size (`int`), num_images_per_prompt (`int`): samples, and samples a label.
-            height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
-
-        Raises:
-            ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch.
-        """
-        latent_shape = self._latent_shape(height, width)
-        if isinstance(image, list) and not image:
-            raise ValueError("`image` is an empty list: pass at least one picture.")
-        if torch.is_tensor(image) and (
-            tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
-        ):
-            image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
-        else:
-            is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
-            pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop" if is_pil else "default")
-            channels = latent_shape[0] if self.vae is None else 3
-            if pixels.shape[1] != channels:
-                raise ValueError(
-                    f"`image` has {pixels.shape[1]} channels: pass a picture of {channels}, or latents of {latent_shape}."
-                )
-            if pixels.abs().max() > 1.01:  # 1 and some rounding
-                raise ValueError("`image` holds values outside of [0, 1]: divide an 8-bit image by 255.")
-            image_latents = encode_images(self.vae, pixels.to(device=device, dtype=dtype)).to(dtype)
-        if not torch.isfinite(image_latents).all():
-            raise ValueError("`image` holds NaN or infinite values, or the VAE made them of it.")
-
-        num_labels = batch_size // num_images_per_prompt
-        if image_latents.shape[0] == 1:
-            image_latents = image_latents.expand(batch_size, -1, -1, -1)
-        elif image_latents.shape[0] == num_labels:
-            image_latents = image_latents.repeat_interleave(num_images_per_prompt, dim=0)
-        if tuple(image_latents.shape) != (batch_size, *latent_shape):
-            raise ValueError(
-                f"`image` gives latents of {tuple(image_latents.shape)}; for these arguments they must be "
-                f"{(batch_size, *latent_shape)}, with one picture or one for each label."
-            )
-        return image_latents
+        """Codes of the code model, `(images, rows * columns, bottleneck_dim)`, guided by the class in every step."""
+        grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        shape = (len(class_ids), self.code_transformer.config.in_channels, *grid)
+        noise = randn_tensor(shape, generator=generator, device=class_ids.device, dtype=self.code_transformer.dtype)
+        codes = self.denoise(
+            self.code_transformer,
+            self.code_scheduler,
+            noise,
+            class_ids,
+            None,
+            num_inference_steps,
+            "class",
+            (0.0, 1.0),
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        return self.latent_embedder.denormalize_codes(codes)
 
     def prepare_guidance(
         self, class_ids: torch.Tensor, prior_tokens: torch.Tensor | None, guidance_drop: str
@@ -396,6 +324,8 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
 
     def denoise(
         self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
         latents: torch.Tensor,
         class_ids: torch.Tensor,
         prior_tokens: torch.Tensor | None,
@@ -406,26 +336,27 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
-        """Runs one stage from standard normal noise to its sample, with the guidance scales of the moment."""
+        """Runs one stage, or the code model, from standard normal noise to its sample, with the scales of the moment."""
         # Every stage starts the scheduler, and any feature cache, anew: multistep ones remember earlier predictions.
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
-        if self.transformer.is_cache_enabled:
-            self.transformer._reset_stateful_cache()
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
+        if transformer.is_cache_enabled:
+            transformer._reset_stateful_cache()
         # Only now, because a scheduler's noise scale may depend on its steps.
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        timesteps = self.scheduler.timesteps
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        timesteps = scheduler.timesteps
         first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
         start, stop = (fraction * len(timesteps) for fraction in guidance_interval)
-        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
         channels = latents.shape[1]
-        has_variance = keeps_variance(type(self.scheduler), self.scheduler.config)
+        has_variance = keeps_variance(type(scheduler), scheduler.config)
         parts: int | None = None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            progress_bar.set_description(f"Stage {self._current_stage}/{self._num_stages}")
+            stage = f"Stage {self._current_stage}/{self._num_stages}" if self._current_stage else "Codes"
+            progress_bar.set_description(stage)
             for i, timestep in enumerate(timesteps):
                 self._current_timestep = timestep
                 is_guided = start <= i < stop and self._is_guided(prior_tokens, guidance_drop)
@@ -433,15 +364,15 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 if is_guided:
                     ids, tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
                 last_parts, parts = parts, len(ids) // len(class_ids)
-                if last_parts not in (None, parts) and self.transformer.is_cache_enabled:
+                if last_parts not in (None, parts) and transformer.is_cache_enabled:
                     # What a cache holds has the rows of the last step, which are not this step's.
-                    self.transformer._reset_stateful_cache()
+                    transformer._reset_stateful_cache()
 
                 model_input = torch.cat([latents] * parts)
-                if hasattr(self.scheduler, "scale_model_input"):
-                    model_input = self.scheduler.scale_model_input(model_input, timestep)
-                with self.transformer.cache_context("denoise"):
-                    output = self.transformer(
+                if hasattr(scheduler, "scale_model_input"):
+                    model_input = scheduler.scale_model_input(model_input, timestep)
+                with transformer.cache_context("denoise"):
+                    output = transformer(
                         model_input,
                         timestep=timestep.expand(len(ids)),
                         class_labels=ids,
@@ -454,7 +385,7 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                     prediction = self.combine_guidance(prediction.chunk(parts))
                 if has_variance:
                     prediction = torch.cat([prediction, variance], dim=1)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -479,9 +410,9 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def __call__(
         self,
         class_labels: int | str | None | list[int | str | None] | torch.Tensor,
-        num_stages: int = 2,
+        num_stages: int | None = None,
         num_inference_steps: int | list[int] = 30,
-        guidance_scale: float | list[float] = 1.5,
+        guidance_scale: float | list[float] | None = None,
         prior_guidance_scale: float | list[float] | None = None,
         guidance_drop: str = "class",
         guidance_interval: tuple[float, float] | list[tuple[float, float]] = (0.25, 0.75),
@@ -496,25 +427,32 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         return_stages: bool = False,
         callback_on_step_end: Callable[["DoDPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        prior_source: str | None = None,
+        codes: torch.Tensor | None = None,
+        code_num_inference_steps: int = 30,
+        code_guidance_scale: float = 1.0,
     ) -> DoDPipelineOutput | tuple:
         r"""Generates images of the given classes.
 
         Args:
             class_labels (`int`, `str`, `None`, or a `list` or `torch.Tensor` of them):
                 Class ids in `[0, num_classes)` or names of `id2label`; `None` is an unconditional sample.
-            num_stages (`int`, defaults to 2): Stages, each with the sample of the one before as its prior.
-            num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry a stage or one for all.
-            guidance_scale (`float` or `list` of `float`, defaults to 1.5):
-                Strength of classifier-free guidance; 1 turns it off. One entry a stage or one for all.
+            num_stages (`int`, *optional*):
+                Stages, each with the sample of the one before as its prior: 2 by default. From codes, those after the
+                codes: 1 by default.
+            num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry per stage or one for all.
+            guidance_scale (`float` or `list` of `float`, *optional*):
+                Strength of classifier-free guidance; 1 turns it off. One entry per stage or one for all. By default 1.5 in
+                a stage without a prior and 1.25 in one with a prior, which needs less.
             prior_guidance_scale (`float` or `list` of `float`, *optional*):
-                A scale of its own for the prior, at the cost of a third row a sample; `guidance_scale` is then the
+                A scale of its own for the prior, at the cost of a third row per sample; `guidance_scale` is then the
                 class's alone and `guidance_drop` is not read.
             guidance_drop (`str`, defaults to `"class"`):
                 What the second branch of guidance goes without: `"class"`, `"prior"` or `"both"`.
             guidance_interval (pair of `float`, or a `list` of them, defaults to `(0.25, 0.75)`):
                 The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1);
                 `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-            num_images_per_prompt (`int`, defaults to 1): Images a label.
+            num_images_per_prompt (`int`, defaults to 1): Images per label.
             height (`int`, *optional*), width (`int`, *optional*):
                 Size in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
             generator (`torch.Generator` or a `list` of them, *optional*):
@@ -523,7 +461,7 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 Standard normal noise for the first stage that runs, `(images, channels, height, width)`. Later stages
                 draw from `generator`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, *optional*):
-                Your own picture in the place of stage 1's sample; stage 1 is then skipped. One for all images or one a
+                Your own picture in the place of stage 1's sample; stage 1 is then skipped. One for all images or one per
                 label, in [0, 1] where it is an array; a tensor of the latents' shape is taken as latents.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`] or a tuple.
@@ -532,9 +470,18 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 Called as `callback(pipeline, step, timestep, kwargs)` after each step, `step` counting over all
                 stages; returns a dict with the tensors it changed. It may set `pipeline._guidance_scale` and
                 `pipeline._prior_guidance_scale` (until the stage ends, where a list gives the next stage its own) and
-                stop everything by `pipeline._interrupt = True`.
+                stop everything by `pipeline._interrupt = True`. While codes are drawn, `pipeline.current_stage` is 0 and
+                the latents are the normalised codes.
             callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
                 Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
+            prior_source (`str`, *optional*):
+                `"codes"` starts from codes of the code model, `"stage"` from stage 1, which sees the class only. By default
+                codes where there is a code model or `codes` are given.
+            codes (`torch.Tensor`, *optional*):
+                Your own codes, as `.codes` of an output or `latent_embedder.encode` has them, `(images, rows * columns,
+                bottleneck_dim)`; also one set for all images or one per label.
+            code_num_inference_steps (`int`, defaults to 30): Steps of the code model.
+            code_guidance_scale (`float`, defaults to 1.0): Class guidance of the code model, in every step.
 
         Returns:
             [`DoDPipelineOutput`] or `tuple`: the images, and the list of all stages' where asked for.
@@ -544,11 +491,11 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         """
         # 1. What to make, and whether it can be made
         label_ids = self.prepare_class_labels(class_labels)
-        if not self._is_count(num_images_per_prompt):
-            raise ValueError(
-                f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1."
-            )
+        check_count("num_images_per_prompt", num_images_per_prompt)
         batch_size = len(label_ids) * num_images_per_prompt
+        prior_source = self.choose_prior_source(prior_source, codes, image)
+        if num_stages is None:
+            num_stages = 1 if prior_source == "codes" else 2
         sample_size = self.transformer.config.sample_size
         sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if torch.is_tensor(latents) and latents.ndim == 4:
@@ -570,14 +517,28 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             image,
             output_type,
             callback_on_step_end_tensor_inputs,
+            prior_source,
+            codes,
+            code_num_inference_steps,
+            code_guidance_scale,
         )
+        if guidance_scale is None:
+            first = CODES_GUIDANCE if prior_source == "codes" else FIRST_GUIDANCE
+            guidance_scale = [first] + [LATER_GUIDANCE] * (num_stages - 1)
         device, dtype = self._execution_device, self.transformer.dtype
         class_ids = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
+        latent_size = self._latent_shape(height, width)[1:]
         self._num_stages, self._num_timesteps, self._interrupt = num_stages, 0, False
-        self._current_timestep = None
+        self._current_timestep, self._current_stage = None, 0
+        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 2. A user's picture stands for the first stage's sample
+        # 2. What stands for the first stage's sample: codes, or a user's picture
         prior_latents, first_stage = None, 1
+        if codes is not None:
+            codes = self.prepare_codes(codes, batch_size, height, width, dtype, device)
+        elif prior_source == "codes":
+            self._guidance_scale, self._prior_guidance_scale = code_guidance_scale, None
+            codes = self.generate_codes(class_ids, height, width, code_num_inference_steps, generator, *on_step_end)
         if image is not None:
             prior_latents = self.prepare_image_latents(
                 image, batch_size, num_images_per_prompt, height, width, dtype, device
@@ -590,23 +551,27 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             self._current_stage = stage
             # One scale for all stages is set once, so that what a callback makes of it lasts.
             if stage == first_stage or isinstance(guidance_scale, list):
-                self._guidance_scale = self._per_stage(guidance_scale, num_stages)[stage - 1]
+                self._guidance_scale = per_stage(guidance_scale, num_stages)[stage - 1]
             if stage == first_stage or isinstance(prior_guidance_scale, list):
-                self._prior_guidance_scale = self._per_stage(prior_guidance_scale, num_stages)[stage - 1]
+                self._prior_guidance_scale = per_stage(prior_guidance_scale, num_stages)[stage - 1]
             prior_tokens = None
             if prior_latents is not None:
-                prior_tokens = self.latent_embedder(prior_latents, return_dict=False)[0]
+                prior_tokens, stage_codes = self.latent_embedder(prior_latents, return_dict=False)
+                codes = stage_codes if codes is None else codes
+            elif codes is not None:
+                prior_tokens = self.latent_embedder.decode(codes, *latent_size)
             noise = self.prepare_latents(batch_size, height, width, dtype, device, generator, latents)
             prior_latents = self.denoise(
+                self.transformer,
+                self.scheduler,
                 noise,
                 class_ids,
                 prior_tokens,
-                self._per_stage(num_inference_steps, num_stages)[stage - 1],
+                per_stage(num_inference_steps, num_stages)[stage - 1],
                 guidance_drop,
-                self._per_stage(guidance_interval, num_stages)[stage - 1],
+                per_stage(guidance_interval, num_stages)[stage - 1],
                 generator,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
+                *on_step_end,
             )
             stage_latents.append(prior_latents)
             latents = None
@@ -622,4 +587,4 @@ class DoDPipeline(DoDRepositoryMixin, DiffusionPipeline, SanaLoraLoaderMixin):
 
         if not return_dict:
             return (images, stages) if return_stages else (images,)
-        return DoDPipelineOutput(images=images, stages=stages)
+        return DoDPipelineOutput(images=images, stages=stages, codes=codes)

@@ -33,6 +33,10 @@ getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
 )
 
 
+# JiT's bound on the denominator of the velocity that a clean sample implies.
+LEAST_SIGMA = 0.05
+
+
 @dataclass
 class DoDTransformer2DModelOutput(Transformer2DModelOutput):
     """
@@ -97,6 +101,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             1 in diffusers' `DiTTransformer2DModel`.
         ff_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the norm before each feed-forward; diffusers' `DiTTransformer2DModel` has 1e-5 there.
+        x_prediction (`bool`, defaults to `False`):
+            Whether the network's output is the clean sample (Li & He 2025, JiT, arXiv 2511.13720), for patches of many
+            numbers in pixel space. `forward` still returns the velocity that it implies,
+            `(noisy - sample) / max(sigma, 0.05)`, so schedulers and losses stay the same. For `"flow"` models only.
     """
 
     _supports_gradient_checkpointing = True
@@ -128,6 +136,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         adaln_type: str = "low_rank",
         freq_shift: int = 0,
         ff_norm_eps: float = NORM_EPS,
+        x_prediction: bool = False,
     ):
         super().__init__()
         for name, value, choices in (
@@ -139,10 +148,12 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         ):
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
+        self.out_channels = in_channels if out_channels is None else out_channels
+        if x_prediction and (prediction_type != "flow" or self.out_channels != in_channels):
+            raise ValueError("`x_prediction` needs `prediction_type='flow'` and no `out_channels` of its own.")
         self.inner_dim = num_attention_heads * attention_head_dim
         if pos_embed_type == "sincos" and self.inner_dim % 4:
             raise ValueError(f"The width is {self.inner_dim}; sine-cosine positions need a multiple of 4.")
-        self.out_channels = in_channels if out_channels is None else out_channels
         if adaln_type == "full":
             adaln_rank = None
         elif adaln_rank is None:
@@ -227,7 +238,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             raise ValueError(f"`hidden_states_layer` is {hidden_states_layer}; choose one from 1 to {num_layers}.")
         batch, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
-        dtype = hidden_states.dtype
+        dtype, noisy, sigma = hidden_states.dtype, hidden_states, timestep / 1000
 
         # 1. Tokens and where they stand, with the prior added
         grid, device = (height // patch_size, width // patch_size), hidden_states.device
@@ -269,6 +280,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         shift, scale = self.adaln_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
         sample = unpatchify(hidden_states, height, width, patch_size)
+        if self.config.x_prediction:
+            sample = (noisy - sample) / sigma.to(sample.dtype).clamp(min=LEAST_SIGMA).view(-1, 1, 1, 1)
 
         if not return_dict:
             return (sample,) if inner_hidden_states is None else (sample, inner_hidden_states)

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.utils import load_image
@@ -136,8 +135,8 @@ def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Fini
     def finish(stage: int, latents: torch.Tensor) -> None:
         stages.append(latents)
         maps = [maps[0] for maps in stage_code_maps(pipe, stages)]
-        images: Any = pipe.decode(latents, "pil")
-        events.put(Finished(stage, images[0], maps))
+        (image,) = pipe.decode(latents, "pil")
+        events.put(Finished(stage, image, maps))
 
     first_step = 0
 

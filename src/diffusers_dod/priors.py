@@ -1,0 +1,115 @@
+"""What a call may put in the place of stage 1: a picture of the user's own, or codes."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .arguments import check_choice, check_tensor
+from .autoencoding import encode_images
+
+
+PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
+
+
+class PriorInputsMixin:
+    """Pictures and codes of the user's own, in the form that the first stage with a prior needs."""
+
+    vae: Any
+    transformer: Any
+    latent_embedder: Any
+    code_transformer: Any
+    image_processor: Any
+    spatial_factor: int
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        channels = self.transformer.config.in_channels
+        return channels, height // self.spatial_factor, width // self.spatial_factor
+
+    def choose_prior_source(self, prior_source: str | None, codes: Any, image: Any) -> str:
+        """Where the first prior comes from: `"codes"` or `"stage"`, which stands for a user's picture as well.
+
+        Raises:
+            ValueError: if the arguments contradict each other, or codes need a code model that is not there.
+        """
+        check_choice("prior_source", prior_source, ("codes", "stage", None))
+        if image is not None and (codes is not None or prior_source == "codes"):
+            raise ValueError("`image` and codes are both in the place of stage 1: pass one of them.")
+        if codes is not None and prior_source == "stage":
+            raise ValueError("`codes` are given but `prior_source` is 'stage': leave one of them out.")
+        if image is not None:
+            return "stage"
+        if prior_source == "codes" and codes is None and self.code_transformer is None:
+            raise ValueError(
+                "`prior_source` is 'codes' but this pipeline has no code model: train one with `diffusers-dod "
+                "train-codes`, pass `codes`, or use 'stage'."
+            )
+        has_codes = codes is not None or self.code_transformer is not None
+        return prior_source or ("codes" if has_codes else "stage")
+
+    def prepare_image_latents(
+        self,
+        image: PriorImage,
+        batch_size: int,
+        num_images_per_prompt: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Latents of a user's own picture, which stand for the sample of stage 1.
+
+        Args:
+            image: one picture for all samples, one for each label or one for each sample: PIL, array or tensor in
+                [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
+                pictures have that shape too, one with negative values is.
+            batch_size (`int`), num_images_per_prompt (`int`): samples, and samples per label.
+            height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
+
+        Raises:
+            ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch.
+        """
+        latent_shape = self._latent_shape(height, width)
+        if isinstance(image, list) and not image:
+            raise ValueError("`image` is an empty list: pass at least one picture.")
+        if torch.is_tensor(image) and (
+            tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
+        ):
+            image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
+        else:
+            is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
+            pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop" if is_pil else "default")
+            channels = latent_shape[0] if self.vae is None else 3
+            if pixels.shape[1] != channels:
+                raise ValueError(
+                    f"`image` has {pixels.shape[1]} channels: pass a picture of {channels}, or latents of {latent_shape}."
+                )
+            if pixels.abs().max() > 1.01:  # 1 and some rounding
+                raise ValueError("`image` holds values outside of [0, 1]: divide an 8-bit image by 255.")
+            image_latents = encode_images(self.vae, pixels.to(device=device, dtype=dtype)).to(dtype)
+        if not torch.isfinite(image_latents).all():
+            raise ValueError("`image` holds NaN or infinite values, or the VAE made them of it.")
+
+        num_labels = batch_size // num_images_per_prompt
+        if image_latents.shape[0] == 1:
+            image_latents = image_latents.expand(batch_size, -1, -1, -1)
+        elif image_latents.shape[0] == num_labels:
+            image_latents = image_latents.repeat_interleave(num_images_per_prompt, dim=0)
+        if tuple(image_latents.shape) != (batch_size, *latent_shape):
+            raise ValueError(
+                f"`image` gives latents of {tuple(image_latents.shape)}; for these arguments they must be "
+                f"{(batch_size, *latent_shape)}, with one picture or one for each label."
+            )
+        return image_latents
+
+    def prepare_codes(
+        self, codes: torch.Tensor, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """A user's own codes: one set for all images, one per label or one per image."""
+        grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        shape = (batch_size, grid[0] * grid[1], self.latent_embedder.config.bottleneck_dim)
+        if torch.is_tensor(codes) and codes.ndim == 3 and codes.shape[0] and batch_size % codes.shape[0] == 0:
+            codes = codes.repeat_interleave(batch_size // codes.shape[0], dim=0)
+        check_tensor("codes", codes, shape)
+        return codes.to(device=device, dtype=dtype)
