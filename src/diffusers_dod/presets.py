@@ -8,14 +8,25 @@ from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """Arguments of [`DoDTransformer2DModel`] and of the [`DoDLatentEmbedder`] that fits it, latents aside."""
+    """Arguments of [`DoDTransformer2DModel`], of the [`DoDLatentEmbedder`] that fits it, latents aside, and of a code model.
+
+    A code model has two to four per cent of the transformer's parameters.
+    """
 
     transformer: dict[str, Any]
     latent_embedder: dict[str, Any]
+    code_transformer: dict[str, Any]
 
 
 def _preset(
-    layers: int, heads: int, head_dim: int, embedder_layers: int, embedder_heads: int, embedder_head_dim: int
+    layers: int,
+    heads: int,
+    head_dim: int,
+    embedder_layers: int,
+    embedder_heads: int,
+    embedder_head_dim: int,
+    code_layers: int,
+    code_heads: int,
 ) -> Preset:
     return Preset(
         transformer={"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim},
@@ -26,13 +37,14 @@ def _preset(
             "attention_head_dim": embedder_head_dim,
             "output_dim": heads * head_dim,
         },
+        code_transformer={"num_layers": code_layers, "num_attention_heads": code_heads, "attention_head_dim": 64},
     )
 
 
 PRESETS = {
-    "S": _preset(15, 6, 64, 2, 6, 32),
-    "B": _preset(15, 12, 64, 4, 8, 32),
-    "L": _preset(30, 16, 64, 4, 16, 24),
-    "XL": _preset(36, 16, 72, 4, 16, 24),
-    "3B": _preset(40, 24, 96, 4, 24, 32),
+    "S": _preset(15, 6, 64, 2, 6, 32, 4, 2),
+    "B": _preset(15, 12, 64, 4, 8, 32, 6, 3),
+    "L": _preset(30, 16, 64, 4, 16, 24, 8, 5),
+    "XL": _preset(36, 16, 72, 4, 16, 24, 8, 6),
+    "3B": _preset(40, 24, 96, 4, 24, 32, 12, 10),
 }

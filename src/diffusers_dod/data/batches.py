@@ -30,13 +30,14 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 class TrainingData(NamedTuple):
-    """`rows` are undecoded images or latents, with labels; `size` is their number, unknown for a stream."""
+    """`rows` are undecoded images, or latents as [`CachedLatents`] has them; `size` is their number, unknown for a stream."""
 
-    rows: datasets.Dataset | datasets.IterableDataset | CachedLatents
+    rows: Any
     num_classes: int
     id2label: dict[int, str] | None
     is_gray: bool
     size: int | None
+    are_latents: bool = False
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
@@ -94,7 +95,7 @@ def load_latents(args: argparse.Namespace) -> TrainingData:
     if 0 < num_classes < cache.num_classes:
         raise BadInput(f"the data has {cache.num_classes} classes, so --num_classes cannot be {num_classes}")
     id2label = dict(enumerate(cache.class_names)) if cache.class_names and num_classes else None
-    return TrainingData(cache, num_classes, id2label, False, len(cache))
+    return TrainingData(cache, num_classes, id2label, False, len(cache), are_latents=True)
 
 
 def check_images(
@@ -175,9 +176,9 @@ def make_batches(
         collate = partial(collate_streamed, skip_broken=args.on_broken_image == "skip", **kwargs)
         loader = DataLoader(StreamedRows(), batch_size=None, collate_fn=collate, **options)
     else:
-        is_cached, labels = isinstance(data.rows, CachedLatents), None
+        labels = None
         if args.sampling == "balanced":
-            labels = data.rows.labels.tolist() if isinstance(data.rows, CachedLatents) else data.rows["label"][:]
+            labels = data.rows.labels.tolist() if data.are_latents else data.rows["label"][:]
         options["batch_sampler"] = BatchSampler(
             EpochOrder(len(data.rows), args.seed, labels),
             args.train_batch_size,
@@ -187,7 +188,7 @@ def make_batches(
             first_step=step,
         )
         collate = partial(collate_rows, **kwargs)
-        if is_cached:
+        if data.are_latents:
             collate = partial(collate_latents, has_classes=data.num_classes > 0)
         loader = DataLoader(data.rows, collate_fn=collate, **options)
     try:

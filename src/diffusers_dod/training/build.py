@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from ..autoencoding import vae_latent_channels, vae_spatial_factor
 from ..cli import BadInput, bad_input
-from ..data.batches import TrainingData
+from ..data.batches import TrainingData, load_data
 from ..data.cache_writing import vae_settings
 from ..data.features import REPAEncoder
 from ..latent_embedder_dod import DoDLatentEmbedder
@@ -28,7 +28,32 @@ from .repa import REPAProjector
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-NAMES = ("transformer", "latent_embedder")
+
+
+class Subject(NamedTuple):
+    """What a run trains: some components of a pipeline, on rows of data.
+
+    Args:
+        pipeline ([`DoDPipeline`]): the whole pipeline.
+        denoiser (`str`): the component that denoises, `"transformer"` or `"code_transformer"`.
+        data ([`TrainingData`]): images or latents; codes where the code model is trained.
+    """
+
+    pipeline: DoDPipeline
+    denoiser: str
+    data: TrainingData
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The trained components by name: a denoiser, and for the pipeline's own its latent embedder."""
+        names = ("transformer", "latent_embedder") if self.denoiser == "transformer" else (self.denoiser,)
+        return {name: getattr(self.pipeline, name) for name in names}
+
+
+def build_subject(args: argparse.Namespace, accelerator: Accelerator) -> Subject:
+    """What `diffusers-dod train` trains."""
+    data = load_data(args, accelerator)
+    return Subject(build_pipeline(args, data), "transformer", data)
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -184,7 +209,11 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
     if saved is not None:
         saved.transformer.register_to_config(sample_size=derived["sample_size"], prediction_type=args.prediction_type)
         saved.latent_embedder.register_to_config(sample_size=derived["sample_size"])
-        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label)
+        # A code model is that of one embedder: it stays if the embedder does.
+        code_model = (
+            () if args.train == ["all"] or "embedder" in args.train else (saved.code_transformer, saved.code_scheduler)
+        )
+        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label, *code_model)
     config.setdefault("num_classes", num_classes)
     own = {**derived, "prediction_type": args.prediction_type}
     transformer = build_model(DoDTransformer2DModel, config, own, "--transformer_config")
@@ -198,15 +227,14 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
     return DoDPipeline(transformer, embedder, scheduler, vae, id2label)
 
 
-def freeze(args: argparse.Namespace, pipeline: DoDPipeline) -> None:
+def freeze(args: argparse.Namespace, subject: Subject) -> None:
     """Lets gradients reach what `--train` names, and adds the LoRA."""
-    models = {"transformer": pipeline.transformer, "embedder": pipeline.latent_embedder}
-    for name, model in models.items():
-        model.requires_grad_(args.train == ["all"] or name in args.train).train()
+    for name, model in subject.models.items():
+        model.requires_grad_(args.train == ["all"] or name.removeprefix("latent_") in args.train).train()
     if "lora" in args.train:
         # peft's default starts as the identity: B is zero.
         lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS)
-        pipeline.transformer.add_adapter(lora)
+        subject.pipeline.transformer.add_adapter(lora)
 
 
 def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -250,13 +278,13 @@ def export_pipeline(
 
 
 def averaged_pipeline(
-    accelerator: Accelerator, pipeline: DoDPipeline, averages: WeightAverages | None, lora_dir: Path | None = None
+    accelerator: Accelerator, subject: Subject, averages: WeightAverages | None, lora_dir: Path | None = None
 ) -> DoDPipeline | None:
     """A plain copy with the averaged weights, or the live ones, in the main process; every process must call this."""
-    weights = {name: full_tensors(getattr(pipeline, name).state_dict()) for name in NAMES}
+    weights = {name: full_tensors(model.state_dict()) for name, model in subject.models.items()}
     if averages is not None:
         averaged = full_tensors(averages.tensors(next(iter(averages.averages))))
         for name, value in averaged.items():
             model, key = name.split(".", 1)
             weights[model][key] = value
-    return export_pipeline(pipeline, weights, lora_dir) if accelerator.is_main_process else None
+    return export_pipeline(subject.pipeline, weights, lora_dir) if accelerator.is_main_process else None

@@ -51,13 +51,16 @@ def embedder_flops(model: DoDLatentEmbedder, size: int | tuple[int, int] | None 
     return counter.get_total_flops()
 
 
-def training_flops(transformer: DoDTransformer2DModel, embedder: DoDLatentEmbedder, prior_share: float) -> float:
+def training_flops(
+    transformer: DoDTransformer2DModel, embedder: DoDLatentEmbedder | None, prior_share: float
+) -> float:
     """Of one sample in training, forward and backward: three forward passes, the usual count for MFU.
 
     What gradient checkpointing computes again is not useful work and is left out, and so is the autoencoder.
 
     Args:
-        transformer ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`]): the models.
+        transformer ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`], *optional*): the models.
         prior_share (`float`): share of rows on which the embedder runs.
     """
-    return 3 * (transformer_flops(transformer) + prior_share * embedder_flops(embedder))
+    embedding = 0.0 if embedder is None else prior_share * embedder_flops(embedder)
+    return 3 * (transformer_flops(transformer) + embedding)

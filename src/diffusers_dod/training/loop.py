@@ -1,14 +1,16 @@
-"""The training loop of `diffusers-dod train`: one function, from the options to the pipeline in the run's folder."""
+"""The training loop of `train` and `train-codes`: one function, from the options to the pipeline in the run's folder."""
 
 import argparse
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
@@ -17,18 +19,18 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..cli import bad_input
-from ..data.batches import load_data, make_batches, to_features, to_latents
+from ..data.batches import make_batches, to_features, to_latents
 from ..hub.background import BackgroundPush
 from ..processes import end_together
 from ..randomness import row_generators
 from .averaging import WeightAverages
 from .build import (
-    NAMES,
+    Subject,
     averaged_pipeline,
     build_accelerator,
     build_optimizer,
-    build_pipeline,
     build_repa,
+    build_subject,
     freeze,
     peak_flops,
 )
@@ -53,17 +55,20 @@ from .validation import build_evaluation, draw_grid
 logger = get_logger(__name__, log_level="INFO")
 
 
-def train(args: argparse.Namespace) -> int:
-    """Trains as the options say; returns 0, or 128 plus the number of the signal that stopped it."""
+def train(
+    args: argparse.Namespace, build: Callable[[argparse.Namespace, Accelerator], Subject] = build_subject
+) -> int:
+    """Trains what `build` makes of the options; returns 0, or 128 plus the number of the signal that stopped it."""
     # 1. Processes, data and models
     accelerator = build_accelerator(args)
     set_seed(args.seed)
     device = accelerator.device
-    data = load_data(args, accelerator)
-    pipeline = build_pipeline(args, data)
-    transformer, embedder, vae = pipeline.transformer, pipeline.latent_embedder, pipeline.vae
+    subject = build(args, accelerator)
+    pipeline, data, models = subject.pipeline, subject.data, subject.models
+    transformer, embedder = models[subject.denoiser], models.get("latent_embedder")
+    vae = None if data.are_latents else pipeline.vae
     repa = build_repa(args, data, transformer)
-    config = run_config(args, data, pipeline, accelerator)
+    config = run_config(args, subject, accelerator)
     # The global batch is dealt like cards: see `BatchSampler`.
     images_per_step = config["images_per_step"]
     shares = accelerator.num_processes * args.gradient_accumulation_steps
@@ -85,8 +90,8 @@ def train(args: argparse.Namespace) -> int:
         begin_run(args.output_dir, config)
 
     # 3. What is trained, and how
-    freeze(args, pipeline)
-    for model in (transformer, embedder):
+    freeze(args, subject)
+    for model in models.values():
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.compile:
@@ -103,7 +108,6 @@ def train(args: argparse.Namespace) -> int:
     noise_scheduler = None
     if args.prediction_type != "flow":
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    models = dict(zip(NAMES, (transformer, embedder)))
     averages = None
     if args.ema:
         trained = {f"{name}.{key}": p for name, m in models.items() for key, p in trained_parameters(m).items()}
@@ -215,7 +219,7 @@ def train(args: argparse.Namespace) -> int:
                     logger.warning(f"{error}. Training continues.")
             validates = args.validation_steps and step % args.validation_steps == 0
             pushes = args.hub_push_checkpoints and checkpoints
-            sampler = averaged_pipeline(accelerator, pipeline, averages) if validates or pushes else None
+            sampler = averaged_pipeline(accelerator, subject, averages) if validates or pushes else None
             if sampler is not None and validates:
                 draw_grid(sampler, accelerator, args, step)
                 if evaluation is not None:
@@ -234,7 +238,7 @@ def train(args: argparse.Namespace) -> int:
             return 128 + stopped
 
     # 11. The pipeline in the folder itself, and on the Hub
-    result = averaged_pipeline(accelerator, pipeline, averages, Path(args.output_dir, "lora"))
+    result = averaged_pipeline(accelerator, subject, averages, Path(args.output_dir, "lora"))
     if result is not None:
         save_result(result, args.output_dir, config)
     end_together(accelerator)

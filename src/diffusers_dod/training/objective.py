@@ -115,7 +115,7 @@ def ddpm_example(
 
 def dod_loss(
     transformer: nn.Module,
-    latent_embedder: nn.Module,
+    latent_embedder: nn.Module | None,
     latents: torch.Tensor,
     class_labels: torch.Tensor,
     example: DiffusionExample,
@@ -127,7 +127,8 @@ def dod_loss(
     """Mean squared error of the transformer, jointly differentiable in both models.
 
     Args:
-        transformer ([`DoDTransformer2DModel`]), latent_embedder ([`DoDLatentEmbedder`]): the models, wrapped or not.
+        transformer ([`DoDTransformer2DModel`]), latent_embedder ([`DoDLatentEmbedder`], *optional*):
+            the models, wrapped or not; without an embedder no row sees a prior.
         latents (`torch.Tensor`):
             clean latents, which the embedder reads, `(batch, channels, height, width)`. Noise added here reaches the
             embedder only, for `example` is made already.
@@ -141,7 +142,7 @@ def dod_loss(
             Returns the transformer's hidden states after that many blocks, for [`repa_loss`].
     """
     prior_tokens = None
-    if num_prior_rows:
+    if num_prior_rows and latent_embedder is not None:
         noise = None if code_noise is None else code_noise[:num_prior_rows]
         prior_tokens = latent_embedder(latents[:num_prior_rows], return_dict=False, code_noise=noise)[0]
         # A row of zeros is a sample without a prior.

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,12 @@ def trained_parts(text: str) -> list[str]:
     return sorted(set(parts))
 
 
-def build_parser(description: str) -> Parser:
-    parser = Parser(prog="diffusers-dod train", description=description)
-    fraction, positive = number(float, 0, 1), number(int, 1)
-    integer, real, signed = number(int, 0), number(float, 0), number(float, float("-inf"))
-    switch = argparse.BooleanOptionalAction
+SWITCH = argparse.BooleanOptionalAction
+FRACTION, POSITIVE, INTEGER = number(float, 0, 1), number(int, 1), number(int, 0)
+REAL, SIGNED = number(float, 0), number(float, float("-inf"))
 
-    add = parser.add_argument
-    add("--recipe", help="YAML file of these options, under the same names; flags override it")
+
+def add_data_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder with one subfolder per class, or one that `datasets.save_to_disk` wrote")
     add("--dataset_name", help="dataset of the Hub, its `train` split")
@@ -53,104 +52,125 @@ def build_parser(description: str) -> Parser:
     add("--latents_dir", help="cached latents of `diffusers-dod cache`, in place of images")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
-    add("--num_classes", type=integer, help="classes of the model; default: the data's. 0 is unconditional")
-    add("--streaming", action=switch, default=False, help="read during training instead of preparing everything first")
-    add("--shuffle_buffer_size", type=positive, default=1000, help="images that a stream shuffles at a time")
+    add("--num_classes", type=INTEGER, help="classes of the model; default: the data's. 0 is unconditional")
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
     add("--cache_dir", help="where downloads and prepared data are kept; default: that of `datasets`")
-    add(
-        "--resolution",
-        type=positive,
-        help="side of the square images, by ADM's centre crop; default: the model's, or 256",
-    )
-    add("--random_flip", action=switch, default=False, help="mirror images at random")
+    resolution = "side of the square images, by ADM's centre crop; default: the model's, or 256"
+    add("--resolution", type=POSITIVE, help=resolution)
+    add("--random_flip", action=SWITCH, default=False, help="mirror images at random")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
-    add("--dataloader_num_workers", type=integer, default=0, help="processes that read images")
-    add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=list(PRESETS), help="size of both models; default: XL's. See diffusers_dod.presets")
-    add("--transformer_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
-    add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
-    add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
-    add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
-    add("--lora_rank", type=positive, help="rank of a LoRA on the transformer; trains embedder,lora by default")
-    add("--vae_name_or_path", help="autoencoder of diffusers; none is pixel space")
-    add("--vae_subfolder", help="where in it")
-    add("--gradient_checkpointing", action=switch, default=False, help="less memory, more time")
-    add("--compile", action=switch, default=False, help="compile the blocks of both models")
-    add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", choices=("flow", "epsilon", "v_prediction"), help="default: the saved model's, or flow")
-    add("--prior_drop", type=fraction, default=0.5, help="share of rows without a prior, which train stage 1")
-    add("--class_drop", type=fraction, default=0.1, help="share of rows without a class (ours: the paper is silent)")
+    add("--dataloader_num_workers", type=INTEGER, default=0, help="processes that read images")
+    if images:
+        add(
+            "--streaming",
+            action=SWITCH,
+            default=False,
+            help="read during training instead of preparing everything first",
+        )
+        add("--shuffle_buffer_size", type=POSITIVE, default=1000, help="images that a stream shuffles at a time")
+
+
+def add_time_options(add: Callable[..., Any]) -> None:
     add("--timestep_density", choices=("logit_normal", "uniform", "mode"), help="of sigma, flow only: logit_normal")
-    add("--logit_mean", type=signed, help="of logit_normal: 0; above 0 is noisier")
-    add("--logit_std", type=real, help="of logit_normal: 1")
-    add("--mode_scale", type=signed, help="of mode: 1.29")
+    add("--logit_mean", type=SIGNED, help="of logit_normal: 0; above 0 is noisier")
+    add("--logit_std", type=REAL, help="of logit_normal: 1")
+    add("--mode_scale", type=SIGNED, help="of mode: 1.29")
     add("--weighting", choices=("none", "cosmap", "sigma_sqrt"), help="of the loss by sigma, flow only: none")
-    add("--embedder_noise", type=real, default=0.0, help="standard deviation of noise on what the embedder reads")
-    add("--bottleneck_noise", type=real, default=0.0, help="the same on its codes, relative to their size")
-    repa = (
-        "vision model of transformers for representation alignment (REPA), or `cached` for features beside the latents"
-    )
-    add("--repa_encoder", help=repa)
-    add("--repa_weight", type=real, default=0.5, help="weight of the alignment loss")
-    add("--repa_layer", type=positive, default=8, help="the transformer's block that is aligned, from 1")
+
+
+def add_optimisation_options(parser: Parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    add("--max_train_steps", type=positive, required=True, help="optimisation steps of the whole run")
-    add("--train_batch_size", type=positive, default=16, help="images per process and accumulation step")
-    add("--gradient_accumulation_steps", type=positive, default=1, help="parts that a process's batch is made of")
+    add("--max_train_steps", type=POSITIVE, required=True, help="optimisation steps of the whole run")
+    add("--train_batch_size", type=POSITIVE, default=16, help="images per process and accumulation step")
+    add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="parts that a process's batch is made of")
     optimizers = "adamw_8bit needs bitsandbytes"
     add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
-    add("--learning_rate", type=real, default=1e-4, help="at its highest")
+    add("--learning_rate", type=REAL, default=1e-4, help="at its highest")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes")
-    add("--lr_warmup_steps", type=integer, default=0, help="steps in which it rises from 0")
-    add("--adam_beta1", type=fraction, default=0.9, help="decay of the gradients' mean")
-    add("--adam_beta2", type=fraction, default=0.999, help="decay of their squares' mean")
-    add("--adam_weight_decay", type=real, default=0.0, help="decoupled weight decay")
-    add("--adam_epsilon", type=real, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=real, default=1.0, help="norm to which gradients are clipped; 0 does not clip")
-    add("--spike_factor", type=real, help="skip updates whose gradient norm is above this multiple of its mean")
+    add("--lr_warmup_steps", type=INTEGER, default=0, help="steps in which it rises from 0")
+    add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=FRACTION, default=0.999, help="decay of their squares' mean")
+    add("--adam_weight_decay", type=REAL, default=0.0, help="decoupled weight decay")
+    add("--adam_epsilon", type=REAL, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=REAL, default=1.0, help="norm to which gradients are clipped; 0 does not clip")
+    add("--spike_factor", type=REAL, help="skip updates whose gradient norm is above this multiple of its mean")
     add(
         "--max_skipped_steps",
-        type=integer,
+        type=INTEGER,
         default=20,
         help="skipped updates in a row (NaN, infinity, spikes) to bear",
     )
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: that of `accelerate config`")
-    add("--ema", action=switch, default=True, help="average the weights; the averages are the result")
+    add("--ema", action=SWITCH, default=True, help="average the weights; the averages are the result")
     add(
         "--ema_decay",
-        type=fraction,
+        type=FRACTION,
         nargs="+",
         default=[0.9999],
         help="decays of the averages; the first is the result",
     )
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of everything random")
+
+
+def add_output_options(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="folder of the run")
-    add("--checkpointing_steps", type=positive, default=500, help="steps between checkpoints")
-    add("--checkpoints_total_limit", type=positive, help="checkpoints to keep; default: all")
+    add("--checkpointing_steps", type=POSITIVE, default=500, help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=POSITIVE, help="checkpoints to keep; default: all")
     add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
-    add("--validation_steps", type=integer, default=1000, help="steps between sample grids; 0 draws none")
+    add("--validation_steps", type=INTEGER, default=1000, help="steps between sample grids; 0 draws none")
     add(
         "--evaluation_samples",
-        type=integer,
+        type=INTEGER,
         default=0,
         help="samples per stage for metrics beside the grid; 0 is none",
     )
     add("--evaluation_reference", help="what they are compared with: a folder of images, an .npz of ADM, or a dataset")
     add("--evaluation_extractor", default="inception", help="inception, or a vision model of transformers")
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="tracker of the logs")
-    add("--push_to_hub", action=switch, default=False, help="push the result with a card; a failed push is a warning")
+    add("--push_to_hub", action=SWITCH, default=False, help="push the result with a card; a failed push is a warning")
     add("--hub_model_id", help="repository; default: the name of --output_dir")
     add("--hub_license", help="licence of the model for its card, such as apache-2.0")
-    add("--hub_private_repo", action=switch, default=None, help="make a new repository private")
+    add("--hub_private_repo", action=SWITCH, default=None, help="make a new repository private")
     add(
         "--hub_push_checkpoints",
-        action=switch,
+        action=SWITCH,
         default=False,
         help="push at every checkpoint, while training continues",
     )
-    add("--peak_tflops", type=real, help="of one device, for the MFU; default: a table of GPUs in training/flops.py")
+    add("--peak_tflops", type=REAL, help="of one device, for the MFU; default: a table of GPUs in training/flops.py")
+
+
+def build_parser(description: str) -> Parser:
+    parser = Parser(prog="diffusers-dod train", description=description)
+    parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
+    add_data_options(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(PRESETS), help="size of both models; default: XL's. See diffusers_dod.presets")
+    add("--transformer_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
+    add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
+    add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
+    add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
+    add("--lora_rank", type=POSITIVE, help="rank of a LoRA on the transformer; trains embedder,lora by default")
+    add("--vae_name_or_path", help="autoencoder of diffusers; none is pixel space")
+    add("--vae_subfolder", help="where in it")
+    add("--gradient_checkpointing", action=SWITCH, default=False, help="less memory, more time")
+    add("--compile", action=SWITCH, default=False, help="compile the blocks of both models")
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=("flow", "epsilon", "v_prediction"), help="default: the saved model's, or flow")
+    add("--prior_drop", type=FRACTION, default=0.5, help="share of rows without a prior, which train stage 1")
+    add("--class_drop", type=FRACTION, default=0.1, help="share of rows without a class (ours: the paper is silent)")
+    add_time_options(add)
+    add("--embedder_noise", type=REAL, default=0.0, help="standard deviation of noise on what the embedder reads")
+    add("--bottleneck_noise", type=REAL, default=0.0, help="the same on its codes, relative to their size")
+    repa = (
+        "vision model of transformers for representation alignment (REPA), or `cached` for features beside the latents"
+    )
+    add("--repa_encoder", help=repa)
+    add("--repa_weight", type=REAL, default=0.5, help="weight of the alignment loss")
+    add("--repa_layer", type=POSITIVE, default=8, help="the transformer's block that is aligned, from 1")
+    add_optimisation_options(parser)
+    add_output_options(parser)
     return parser
 
 
@@ -179,13 +199,16 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
 
 
 def parse_args(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    parser = build_parser(description or "")
+    args = parse_with_recipe(build_parser(description or ""), argv)
+    check_options(args)
+    return args
+
+
+def parse_with_recipe(parser: Parser, argv: list[str]) -> argparse.Namespace:
     finder = Parser(add_help=False)
     finder.add_argument("--recipe")
     recipe = finder.parse_known_args(argv)[0].recipe
-    args = parser.parse_args([*(recipe_arguments(recipe, parser) if recipe else []), *argv])
-    check_options(args)
-    return args
+    return parser.parse_args([*(recipe_arguments(recipe, parser) if recipe else []), *argv])
 
 
 def check_options(args: argparse.Namespace) -> None:

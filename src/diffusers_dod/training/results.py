@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..cli import BadInput
-from ..data.batches import TrainingData
 from ..files import write_json
 from ..hub.push import find_stage_grid
 from ..pipeline_dod import DoDPipeline
+from .build import Subject
 
 
 CONFIG_NAME = "training_config.json"
@@ -37,18 +37,17 @@ def lock_folder(output_dir: str | Path) -> FileLock:
     return lock
 
 
-def run_config(
-    args: argparse.Namespace, data: TrainingData, pipeline: DoDPipeline, accelerator: Accelerator
-) -> dict[str, Any]:
+def run_config(args: argparse.Namespace, subject: Subject, accelerator: Accelerator) -> dict[str, Any]:
     """All that a run depends on, as JSON; a checkpoint of other settings is not resumed."""
-    config = {**vars(args), "num_images": data.size, "id2label": pipeline.config.id2label}
+    config = {**vars(args), "num_images": subject.data.size, "id2label": subject.pipeline.config.id2label}
     config["images_per_step"] = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     # A stream's order and shards of weights belong to their number of processes.
     config["stream"] = [accelerator.num_processes, args.train_batch_size] if args.streaming else None
     is_sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
     config["sharding"] = accelerator.distributed_type if is_sharded else None
-    for name, model in (("transformer_config", pipeline.transformer), ("embedder_config", pipeline.latent_embedder)):
-        config[name] = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    for name, model in subject.models.items():
+        values = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        config[f"{name.removeprefix('latent_')}_config"] = values
     return json.loads(json.dumps(config))
 
 

@@ -63,7 +63,7 @@ def make_inputs(
     times: torch.Tensor,
     generators: list[torch.Generator],
     noise_scheduler: DDPMScheduler | None,
-    embedder: DoDLatentEmbedder,
+    embedder: DoDLatentEmbedder | None,
 ) -> Inputs:
     """Clean latents to an example to denoise and what the embedder reads, with noise on it or its codes if asked for."""
     noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
@@ -77,7 +77,7 @@ def make_inputs(
     if args.embedder_noise:
         noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
         latents = latents + args.embedder_noise * noise
-    if args.bottleneck_noise:
+    if args.bottleneck_noise and embedder is not None:
         tokens = latents[0, 0].numel() // embedder.config.patch_size**2
         shape = (len(latents), tokens, embedder.config.bottleneck_dim)
         code_noise = args.bottleneck_noise * randn_tensor(shape, generator=generators, device=latents.device)
@@ -85,7 +85,7 @@ def make_inputs(
 
 
 class TrainingModule(torch.nn.Module):
-    """Both models, REPA's projector and the loss as one module: one forward for DDP to synchronise and autocast to cover."""
+    """Models, REPA's projector and the loss as one module: one forward for DDP to synchronise and autocast to cover."""
 
     # FSDP shards these by themselves.
     _no_split_modules = [*DoDTransformer2DModel._no_split_modules, *DoDLatentEmbedder._no_split_modules]
@@ -93,7 +93,7 @@ class TrainingModule(torch.nn.Module):
     def __init__(
         self,
         transformer: DoDTransformer2DModel,
-        latent_embedder: DoDLatentEmbedder,
+        latent_embedder: DoDLatentEmbedder | None,
         repa_projector: REPAProjector | None,
         repa_layer: int,
         repa_weight: float,
