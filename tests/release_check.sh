@@ -50,6 +50,9 @@ diffusers-dod train --train_data_dir images --resolution 28 --output_dir mine \
   --transformer_config '{"patch_size": 7, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}' \
   --embedder_config '{"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}' \
   --train_batch_size 4 --max_train_steps 2 --validation_steps 0
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+GRADIO_SERVER_PORT=$port diffusers-dod demo --model mine > "$scratch/demo" 2>&1 &
+demo=$!
 diffusers-dod sample --model mine --num_images 12 --num_inference_steps 2 --output_dir samples --npz
 diffusers-dod evaluate --samples samples/stage-2.npz --reference images --extractor vision \
   --settings samples/sampling.json --stage 2 --output mine/evaluation.json > "$scratch/log"
@@ -70,10 +73,11 @@ assert {path.name for path in Path("pictures").iterdir()} >= {"stages.png", "cod
 assert len(imagenet_labels()) == 1000
 PYTHON
 
-# 5. The demo's page
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-GRADIO_SERVER_PORT=$port diffusers-dod demo --model mine > "$scratch/log" 2>&1 &
-demo=$!
+# 5. The quickstart
+python quickstart.py --max_steps 5 --num_samples 20 --output_dir quickstart
+diffusers-dod hub check quickstart/pipeline --license mit
+
+# 6. The demo's page, which had all this time to open
 until python - "$port" 2> /dev/null <<'PYTHON'
 import sys
 from urllib.request import urlopen
@@ -82,11 +86,7 @@ page = urlopen(f"http://127.0.0.1:{sys.argv[1]}").read().decode()
 sys.exit(0 if "Diffusion on Diffusion" in page and "Generate" in page else 1)
 PYTHON
 do
-  kill -0 "$demo" 2> /dev/null || { cat "$scratch/log"; exit 1; }
+  kill -0 "$demo" 2> /dev/null || { cat "$scratch/demo"; exit 1; }
   sleep 0.5
 done
-
-# 6. The quickstart
-python quickstart.py --max_steps 5 --num_samples 20 --output_dir quickstart
-diffusers-dod hub check quickstart/pipeline --license mit
 echo "The release is in order."
