@@ -29,7 +29,7 @@ evidence: $(VENV)/installed
 	$(VENV)/bin/python study/run_study.py digits --output_dir outputs/study
 	$(VENV)/bin/python study/report.py digits --output_dir outputs/study --compare
 
-# Wheel and sdist, and the quickstart's sampling from the wheel in an empty environment.
+# Wheel and sdist, and the commands from the wheel in an empty environment.
 release-check: $(VENV)/installed
 	bash tests/release_check.sh $(VENV)/bin/python
 

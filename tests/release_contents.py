@@ -6,16 +6,18 @@ import zipfile
 from pathlib import Path
 
 
+NO_PYTHON = ("py.typed", "conversion/imagenet_labels.txt", "demo/style.css", "hub/model_card.md")
+
+
 def main(wheel: str, sdist: str) -> None:
     package = Path("src/diffusers_dod")
     expected = {
         path.relative_to("src").as_posix(): path.read_bytes()
         for path in package.rglob("*")
-        if path.suffix in (".py", ".md", ".txt", ".typed")
+        if path.is_file() and path.suffix != ".pyc"
     }
-    assert {
-        f"diffusers_dod/{name}" for name in ("model_card.md", "imagenet_labels.txt", "py.typed")
-    } <= expected.keys()
+    others = {name for name in expected if not name.endswith(".py")}
+    assert others == {f"diffusers_dod/{name}" for name in NO_PYTHON}, others
     with zipfile.ZipFile(wheel) as archive:
         found = {name: archive.read(name) for name in archive.namelist()}
     information = {name: content for name, content in found.items() if ".dist-info/" in name}
@@ -23,7 +25,10 @@ def main(wheel: str, sdist: str) -> None:
     license_file = next(content for name, content in information.items() if name.endswith("/LICENSE"))
     assert license_file == Path("LICENSE").read_bytes()
     metadata = next(content for name, content in information.items() if name.endswith("/METADATA")).decode()
-    assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: diffusers>=" in metadata
+    for line in ("License-Expression: Apache-2.0", "Requires-Dist: diffusers>=", "Project-URL: Paper", "Keywords: "):
+        assert line in metadata, line
+    scripts = next(content for name, content in information.items() if name.endswith("/entry_points.txt")).decode()
+    assert "diffusers-dod = diffusers_dod.__main__:main" in scripts
 
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

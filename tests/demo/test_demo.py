@@ -321,7 +321,8 @@ def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_p
     assert spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1], "the two never ran at the same time"
     pipe = DoDPipeline.from_pretrained(model)
     for page, class_id, (_, seed, steps) in zip(pages, (0, 1), users):
-        alone = pipe(class_id, 2, list(steps), generator=torch.manual_seed(seed), return_stages=True).stages
+        generator = torch.manual_seed(seed)
+        alone = pipe(class_id, 2, list(steps), [1.5, 1.5], generator=generator, return_stages=True).stages
         for name, picture in zip(("Stage 1", "Stage 2"), alone):
             picture[0].save(tmp_path / "alone.png")
             assert pictures(page)[name] == (tmp_path / "alone.png").read_bytes()

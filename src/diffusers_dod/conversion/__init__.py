@@ -8,6 +8,4 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .backbones import convert_backbone, convert_checkpoint
 
-SOURCES = ("sit", "dit", "diffusers-dit", "fitv2")
-
 __getattr__, __all__ = lazy_names(__name__, {"backbones": ["convert_backbone", "convert_checkpoint"]})

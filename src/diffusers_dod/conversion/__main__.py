@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..cli import Parser, number, run
 from ..presets import PRESETS
-from . import SOURCES
+from .sources import SOURCES
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

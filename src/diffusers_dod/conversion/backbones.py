@@ -14,7 +14,7 @@ import torch
 
 from ..layers import sincos_embedding_2d
 from ..transformer_dod import DoDTransformer2DModel
-from . import SOURCES
+from .sources import SOURCES
 from .tensors import CheckpointTensors, find_state_dict
 
 

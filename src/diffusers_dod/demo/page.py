@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
@@ -86,12 +87,13 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         return [num_stages, preview, *rows]
 
     def generate(
-        class_id: int, seed: int | None, random_seed: bool, num_stages: int, picture: str | None, *numbers: float
+        class_id: int, seed: int | None, random_seed: bool, num_stages: int, picture: str | None, *numbers: Any
     ) -> Iterator:
         if random_seed or seed is None:
             seed = random.randint(0, MAX_SEED)
-        steps, scales = [int(n) for n in numbers[:num_stages]], numbers[MAX_STAGES:][:num_stages]
-        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, list(scales), picture)
+        # A field that was emptied is None, which the pipeline refuses with a message.
+        steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
+        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, scales, picture)
         code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
         finished: list[Finished] = []
         try:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     )
     from .report import evaluate, extract_features
 
-METRICS = ("fd", "sfd", "is", "kid", "precision_recall", "density_coverage")
-
 __getattr__, __all__ = lazy_names(
     __name__,
     {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..cli import Parser, bad_input, number, run
-from . import METRICS
+from .names import METRICS
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 
-from . import METRICS
 from .images import ImageSet
 from .metrics import (
     density_coverage,
@@ -16,16 +15,7 @@ from .metrics import (
     kernel_distance,
     precision_recall,
 )
-
-
-# What papers call them, which only the original network may be called.
-INCEPTION_NAMES = {"fd": "FID", "sfd": "sFID", "is": "Inception Score", "kid": "KID"}
-PLAIN_NAMES = {
-    "fd": "Fréchet distance",
-    "sfd": "spatial Fréchet distance",
-    "is": "class score",
-    "kid": "kernel distance",
-}
+from .names import INCEPTION_NAMES, METRICS, PLAIN_NAMES
 
 
 class Batched(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_scalars(logs: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """Reads the scalars that `train_dod.py` logged.
+    """Reads the scalars that `diffusers-dod train` logged.
 
     Args:
         logs (`str` or `os.PathLike`): the run's `logs` folder; it is searched for TensorBoard's files.
@@ -22,7 +22,9 @@ def read_scalars(logs: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     # Several runs of the script write several files, which are read in the order of time.
     files = sorted(Path(logs).rglob("events.out.tfevents.*"), key=lambda file: (file.name, str(file)))
     if not files:
-        raise FileNotFoundError(f"{logs} holds no TensorBoard file: pass the `logs` folder of a run of train_dod.py.")
+        raise FileNotFoundError(
+            f"{logs} holds no TensorBoard file: pass the `logs` folder of a run of `diffusers-dod train`."
+        )
     scalars: dict[str, dict[int, float]] = {}
     for file in files:
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()

@@ -1,0 +1,3 @@
+"""Whose checkpoints can be converted."""
+
+SOURCES = ("sit", "dit", "diffusers-dit", "fitv2")
