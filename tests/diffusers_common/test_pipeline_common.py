@@ -42,6 +42,8 @@ class DoDPipelineTesterConfig(BasePipelineTesterConfig):
             "latent_embedder": tiny_embedder(),
             "scheduler": FlowMatchEulerDiscreteScheduler(),
             "vae": tiny_vae("kl"),
+            "code_transformer": None,
+            "code_scheduler": None,
         }
 
     def get_dummy_inputs(self):
