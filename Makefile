@@ -20,15 +20,11 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/bench.py
 
-<<<<<<< HEAD
-# The study on digits, and its figures beside the committed ones; under an hour on two cores.
-=======
 # On a machine with a GPU: its tests and figures, eight minutes at a time; the same command goes on.
 gpu-check: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/gpu_check.py
 
-# The study on digits, again, and how its figures lie to the committed ones; under an hour on two cores.
->>>>>>> gpu
+# The study on digits, and its figures beside the committed ones; under an hour on two cores.
 evidence: $(VENV)/installed
 	$(VENV)/bin/python study/run_study.py digits --output_dir outputs/study
 	$(VENV)/bin/python study/report.py digits --output_dir outputs/study --compare

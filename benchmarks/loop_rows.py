@@ -70,6 +70,6 @@ def loop_rows(args) -> dict[str, Ratio | float]:
             pairs.append((loop, statistics.median(seconds(bare) for _ in range(LONG - SHORT))))
     beyond = 1e3 * statistics.median(loop - step for loop, step in pairs)
     return {
-        f"step of train_dod.py / bare step, very small models, batch {batch}": Ratio.of_pairs(pairs),
+        f"step of train / bare step, very small models, batch {batch}": Ratio.of_pairs(pairs),
         "the same, ms that the script's step takes more": beyond,
     }

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from helpers import EXAMPLES, randomize_weights, tiny_pipeline, tiny_vae
+from helpers import randomize_weights, tiny_pipeline, tiny_vae
 from training_runs import arguments, assert_equal_tensors, weights, write_digits
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel
@@ -136,7 +136,7 @@ def test_cuda_graphs():
 
 
 def test_a_push_on_the_way_leaves_the_autoencoder_where_training_needs_it(tmp_path):
-    from train_dod import save_for_push
+    from diffusers_dod.training.results import save_for_push
 
     pipe = pipeline().to("cuda")
     save_for_push(pipe, {}, str(tmp_path), str(tmp_path / "pushed"))
@@ -145,14 +145,14 @@ def test_a_push_on_the_way_leaves_the_autoencoder_where_training_needs_it(tmp_pa
 
 
 def train(argv, **environment):
-    """The script in a process of its own, which NCCL joins to a group of one if it is told so."""
+    """The command in a process of its own, which NCCL joins to a group of one if it is told so."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     if environment:
         environment |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, EXAMPLES / "train_dod.py", *argv]
+    command = [sys.executable, "-m", "diffusers_dod", "train", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -63,8 +63,12 @@ def test_options_and_files_that_are_named_exist(page):
     # Of other programs
     foreign = {"--config_file", "--nproc_per_node", "--editable", "--dry-run", "--help", "--machine_rank"}
     foreign |= {"--no-compile", "--no-install-recommends"}
+    # Within a name `-` and `_` are the same; switches also have a `--no-`.
+    names = set(re.findall(r'"--([a-z][\w-]*)"', source))
+    names |= {f"no-{name}" for name in re.findall(r'"--(\w+)",\s*action=(?:SWITCH|switch|argparse\.Bool)', source)}
+    names = {name.replace("-", "_") for name in names}
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - foreign:
-        assert f'"{option}"' in source, option
+        assert option[2:].replace("-", "_") in names, option
     for name in set(re.findall(r"\b(?:examples|tests|benchmarks|docs|src)/[\w/.]*\w\.\w+", text)):
         assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), name
 

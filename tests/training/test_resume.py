@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(unbroken, t
     wait_for(process, lambda: steps_saved(run) >= 4)
     # No file can grow past this from now on, which stands for a disk without space; optimizer.bin is larger.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    wait_for(process, lambda: "Training goes on" in log.read_text())
+    wait_for(process, lambda: "Training continues" in log.read_text())
     good = steps_saved(run)
     line = next(line for line in log.read_text().splitlines() if "could not be written" in line)
     assert f"the last good one is {run}/checkpoint-{good}" in line
