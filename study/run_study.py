@@ -1,199 +1,202 @@
-"""Evidence on real data: DoD against a class-only model of the same backbone, by one command.
+"""Evidence on real data: class-only models, DoD, and DoD with a model of the codes, at equal training time.
 
-    python study/run_study.py digits --output_dir outputs/study
-    python study/run_study.py emoji emoji-long --source node_modules
+    python study/run_study.py digits                                    # under an hour on two CPU cores
+    python study/run_study.py letters emoji --source node_modules --device cuda
 
-Data flows as: data set -> referee -> runs (train, save, sample, measure), each in its own process -> one JSON per run
--> tables and plots (`report.py`). The same command resumes after a stop: nothing that exists is repeated, and a new
-setting is measured without training again.
+Data flows as: data set -> referee, times per step -> trainings of all variants and seeds -> code models -> samples of every
+setting -> figures -> one JSON per data set in `--output_dir` -> tables and plots (`report.py`). A run whose figures are in
+the JSON is not repeated.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import platform
-import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import CLASS_ONLY, DOD, MAIN, MARKS, NUM_SAMPLES, STUDIES, VARIANTS, settings
-from measure_model import Setting, measure
+from experiments import MAIN, NUM_SAMPLES, OPTIONS, STUDIES, Setting, Size, settings
+from models import begin_code_training, begin_training, build_pipeline, copying, draw, sample_labels
 from referee import Referee
-from train_model import Size, build_models, train, training_step
+from training import Training, train_together
 
 from diffusers_dod import DoDPipeline
 
 
-class Run(NamedTuple):
-    """One variant of a study, trained with one seed: where its figures and models are."""
-
-    folder: Path
-    variant: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.folder.name}: {self.variant}, seed {self.seed}"
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "runs" / f"{self.variant}-{self.seed}.json"
-
-    @property
-    def models(self) -> Path:
-        return self.folder / "models" / f"{self.variant}-{self.seed}".replace(" ", "_")
-
-    def record(self) -> dict | None:
-        """What has been measured so far."""
-        return json.loads(self.result.read_text()) if self.result.exists() else None
+VARIANTS = MAIN | OPTIONS
 
 
-def step_time_ratio(data: DataSet, size: Size, repeats: int = 40) -> float:
-    """Time per training step of DoD over a class-only model's: both by turns in this process, the median of all turns."""
-    torch.manual_seed(0)
-    models = {variant: build_models(data, variant, size) for variant in (CLASS_ONLY, DOD)}
-    for pair in models.values():
-        for model in pair:
-            model.to(data.images.device).compile_repeated_blocks()
-    ratios = []
-    for _ in range(repeats + 5):
-        seconds = {}
-        for variant, pair in models.items():
-            start = time.perf_counter()
-            training_step(*pair, data, variant, size.batch_size).backward()
-            seconds[variant] = seconds_since(start, data)
-        ratios.append(seconds[DOD] / seconds[CLASS_ONLY])
-    return statistics.median(ratios[5:])  # after warm-up
+def load_data(name: str, source: Path | None, folder: Path) -> DataSet:
+    """The data set, kept in one file once it was made."""
+    file = folder / "data.npz"
+    if not file.exists():
+        data = DATA_SETS[name](source)
+        to_bytes = {
+            key: ((value + 1) * 127.5).round().byte().numpy()
+            for key, value in data._asdict().items()
+            if "images" in key
+        }
+        labels = {key: value.numpy() for key, value in data._asdict().items() if "labels" in key}
+        np.savez_compressed(file, class_names=np.array(data.class_names), **to_bytes, **labels)
+    with np.load(file, allow_pickle=False) as arrays:
+        values = {
+            key: torch.from_numpy(arrays[key]) if key != "class_names" else arrays[key].tolist()
+            for key in DataSet._fields
+        }
+    return DataSet(**{key: value.float() / 127.5 - 1 if "images" in key else value for key, value in values.items()})
 
 
-def seconds_since(start: float, data: DataSet) -> float:
-    if data.images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def cpu_seconds(training: Training, repeats: int) -> float:
+    """CPU time per step of one thread, the median of steps after some warm-up."""
+    times = []
+    for _ in range(repeats + 3):
+        start = time.process_time()
+        training.step()
+        times.append(time.process_time() - start)
+    return float(np.median(times[3:]))
 
 
-def write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
-def prepare(name: str, source: Path | None, folder: Path, size: Size, num_samples: int, device: str) -> None:
-    """Writes the data, its referee and the ratio of step times, once."""
+def prepare(name: str, source: Path | None, folder: Path, size: Size, repeats: int) -> tuple[DataSet, dict]:
+    """Data, and what is written once: the referee, and the times per step on a CPU, by which training times are equal."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "data.json").exists():
-        return
-    data = DATA_SETS[name](source)
-    referee = Referee(data)
-    torch.save(data._asdict(), folder / "data.pt")
-    torch.save(referee.state(), folder / "referee.pt")
-    held_out = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:num_samples]
-    parameters = [sum(p.numel() for p in model.parameters()) for model in build_models(data, DOD, size)]
-    facts = {
-        "images": len(data.images),
-        "held_out": len(data.held_out_images),
-        "classes": len(data.class_names),
-        "referee_accuracy": referee.accuracy,
-        "real": referee.measure(data.held_out_images[held_out], data.held_out_labels[held_out]),
-        "step_time_ratio": step_time_ratio(on_device(data, device), size),
-        "size": asdict(size),
-        "parameters": {"transformer": parameters[0], "latent_embedder": parameters[1]},
-        "num_samples": num_samples,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
-        "torch": torch.__version__,
-    }
-    write_json(folder / "data.json", facts)
+    data = load_data(STUDIES[name].data, source, folder)
+    if not (folder / "data.json").exists():
+        referee = Referee(data)
+        torch.save(referee.state(), folder / "referee.pt")
+        rows = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:NUM_SAMPLES]
+        seconds = {}
+        for variant_name, variant in MAIN.items():
+            training = begin_training(data, variant, size, steps=1000, seed=0)
+            seconds[variant_name] = {"step": cpu_seconds(training, repeats)}
+            if variant.code_size is not None:
+                small = data._replace(images=data.images[:512], labels=data.labels[:512])
+                training.images, training.labels = small.images, small.labels
+                code_training = begin_code_training(training, variant, seed=0)
+                seconds[variant_name]["code_step"] = cpu_seconds(code_training, repeats)
+        facts = {
+            "images": len(data.images),
+            "held_out": len(data.held_out_images),
+            "classes": len(data.class_names),
+            "referee_accuracy": referee.accuracy,
+            "real": referee.measure(data.held_out_images[rows], data.held_out_labels[rows]),
+            "cpu_seconds": seconds,
+            "size": asdict(size),
+            "timed_on": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        }
+        (folder / "data.json").write_text(json.dumps(facts, indent=1))
+    return data, json.loads((folder / "data.json").read_text())
 
 
-def on_device(data: DataSet, device: str) -> DataSet:
-    return DataSet(*(value.to(device) if torch.is_tensor(value) else value for value in data))
+def training_seconds(name: str, steps: int, facts: dict) -> float:
+    """CPU seconds of a whole training, its code model included."""
+    seconds = facts["cpu_seconds"][name]
+    return steps * seconds["step"] + seconds.get("code_step", 0.0) * VARIANTS[name].code_steps
 
 
-def missing_settings(record: dict, more_guidance: bool) -> dict[int, list[Setting]]:
-    """The settings that a run has not been sampled with yet, by step."""
-    measured = {(row["step"], row["setting"]) for row in record["rows"]}
-    steps = record["steps"]
-    wanted = {step: settings(record["variant"], step, steps, more_guidance) for step in steps}
-    missing = {step: [s for s in of if (step, str(s)) not in measured] for step, of in wanted.items()}
-    return {step: of for step, of in missing.items() if of}
+def steps_of(name: str, steps: int, facts: dict) -> int:
+    """The class-only rival trains at least as long as any of the others."""
+    if name != "class-only":
+        return steps
+    longest = max(training_seconds(other, steps, facts) for other in MAIN)
+    return round(longest / facts["cpu_seconds"]["class-only"]["step"])
 
 
-def load_pipeline(folder: Path, device: str) -> DoDPipeline:
-    pipe = DoDPipeline.from_pretrained(folder).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.compile_repeated_blocks(dynamic=False)
-    return pipe
+def measure(
+    pipeline: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, referee: Referee, seed: int
+) -> tuple[dict, torch.Tensor]:
+    images = draw(pipeline, setting, labels, data, seed)
+    return {"setting": str(setting), "evaluations": setting.evaluations, **referee.measure(images, labels)}, images
 
 
-def execute(run: Run, steps: list[int], size: Size, num_samples: int, device: str, more_guidance: bool) -> None:
-    """Trains one model, measures it at each of `steps` and writes its result; an existing model is only measured."""
+def finish_runs(
+    runs: list[tuple[str, int]],
+    steps: int,
+    size: Size,
+    num_samples: int,
+    data: DataSet,
+    referee: Referee,
+    folder: Path,
+) -> None:
+    """Trains the runs together, then measures each and adds it to the folder's records."""
+    facts = json.loads((folder / "data.json").read_text())
+    start = time.monotonic()
+    trainings = [begin_training(data, VARIANTS[name], size, steps_of(name, steps, facts), seed) for name, seed in runs]
+    train_together(trainings)
+    with_codes = [i for i, (name, _) in enumerate(runs) if VARIANTS[name].code_size is not None]
+    code_trainings = {i: begin_code_training(trainings[i], VARIANTS[runs[i][0]], runs[i][1]) for i in with_codes}
+    if code_trainings:
+        train_together(list(code_trainings.values()))
+    print(f"{folder.name}: {len(runs)} runs trained in {time.monotonic() - start:.0f} s", flush=True)
+    labels = sample_labels(data, num_samples)
+    for i, (name, seed) in enumerate(runs):
+        pipeline = build_pipeline(data, trainings[i], code_trainings.get(i))
+        rows = []
+        for setting in settings(name, VARIANTS[name]):
+            row, images = measure(pipeline, setting, labels, data, referee, seed)
+            rows.append(row)
+            if setting.source == "codes" and "copying" not in rows[0]:
+                rows[0]["copying"] = copying(pipeline, labels, images, data, seed)
+        record = {"variant": name, "seed": seed, "steps": trainings[i].recipe.steps, "rows": rows}
+        device = torch.cuda.get_device_name() if data.images.is_cuda else platform.machine()
+        record["parameters"] = {
+            key: sum(p.numel() for p in model.parameters())
+            for key, model in pipeline.components.items()
+            if isinstance(model, torch.nn.Module)
+        }
+        record |= {"device": device, "torch": torch.__version__}
+        (folder / "runs").mkdir(exist_ok=True)
+        (folder / "runs" / f"{name}-{seed}.json".replace(" ", "_")).write_text(json.dumps(record, indent=1))
+        if seed == 0:
+            pipeline.to("cpu").save_pretrained(folder / "models" / name.replace(" ", "_"))
+    print(f"{folder.name}: measured after {time.monotonic() - start:.0f} s", flush=True)
+
+
+def run_group(
+    runs: list[tuple[str, int]], steps: int, size: Size, num_samples: int, data_name: str, folder: Path, device: str
+) -> None:
     torch.set_num_threads(1)
-    # Both files are this study's own; tensors only are read.
-    data = on_device(DataSet(**torch.load(run.folder / "data.pt", weights_only=True)), device)
-    referee = Referee.load(torch.load(run.folder / "referee.pt", weights_only=True), data)
-    record = run.record()
-    if record is None:
-        start = time.monotonic()
-        train(data, VARIANTS[run.variant], size, steps, run.seed, run.models)
-        seconds = round(time.monotonic() - start)
-        record = {"variant": run.variant, "seed": run.seed, "steps": steps, "training_seconds": seconds, "rows": []}
-    for step, missing in missing_settings(record, more_guidance).items():
-        pipe, weak = (load_pipeline(run.models / f"step-{number}", device) for number in (step, record["steps"][0]))
-        for row in measure(pipe, weak, missing, num_samples, data, referee, run.seed):
-            record["rows"].append({"step": step, **row})
-        write_json(run.result, record)
+    data = load_data(data_name, None, folder)
+    data = DataSet(*(value.to(device) if torch.is_tensor(value) else value for value in data))
+    referee = Referee.load(torch.load(folder / "referee.pt", weights_only=True), data)
+    finish_runs(runs, steps, size, num_samples, data, referee, folder)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="+", choices=STUDIES)
     parser.add_argument("--source", type=Path, help="where the pictures or typefaces are, see data_sets.py")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN))
-    parser.add_argument("--more_guidance", action="store_true", help="other kinds of guidance too, of the main models")
     parser.add_argument("--steps", type=int, help="per run (default: the study's own)")
-    parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
-    parser.add_argument("--width", type=int, default=Size.width, help="of the backbone, in heads of 32")
-    parser.add_argument("--layers", type=int, default=Size.layers)
-    parser.add_argument("--batch_size", type=int, default=Size.batch_size)
+    parser.add_argument("--repeats", type=int, default=30, help="steps by which the times are measured")
+    parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES, help="per figure")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one CPU thread each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time on a CPU, one thread each")
+    parser.add_argument("--prepare", action="store_true", help="only data, referee and times")
     args = parser.parse_args()
-    size = Size(args.width, args.width // 32, args.layers, args.batch_size)
 
-    jobs: dict[Run, list[int]] = {}
     for name in args.study:
-        folder = args.output_dir / name
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        prepare(STUDIES[name].data, args.source, folder, size, args.num_samples, args.device)
-        ratio = json.loads((folder / "data.json").read_text())["step_time_ratio"]
-        for run in (Run(folder, variant, seed) for seed in args.seeds for variant in args.variants):
-            record = run.record()
-            if record is not None and not missing_settings(record, args.more_guidance):
-                continue
-            total = args.steps or STUDIES[name].steps
-            jobs[run] = [round(total * mark) for mark in MARKS]
-            if run.variant == "class_only":
-                jobs[run].append(round(total * max(ratio, 1.05)))
-
-    # The blocks compile in every process; spawned ones share nothing but the compiler's cache.
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {
-            pool.submit(execute, run, steps, size, args.num_samples, args.device, args.more_guidance): run
-            for run, steps in jobs.items()
-        }
-        start = time.monotonic()
-        for number, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            minutes = (time.monotonic() - start) / 60
-            print(f"{futures[future]}: {number} of {len(jobs)} after {minutes:.0f} min", flush=True)
+        folder, study, size = args.output_dir / name, STUDIES[name], Size()
+        prepare(name, args.source, folder, size, args.repeats)
+        if args.prepare:
+            continue
+        done = {file.stem for file in (folder / "runs").glob("*.json")}
+        runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
+        runs = [(v, seed) for v, seed in runs if f"{v}-{seed}".replace(" ", "_") not in done]
+        shared = (args.steps or study.steps, size, args.num_samples, study.data, folder, args.device)
+        if args.device != "cpu":
+            run_group(runs, *shared)
+            continue
+        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+            for future in [pool.submit(run_group, [run], *shared) for run in runs]:
+                future.result()
 
 
 if __name__ == "__main__":

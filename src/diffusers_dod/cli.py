@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
+# What they raise is about a connection, or a server's answer.
+NETWORK_LIBRARIES = ("httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3")
+
+
 class CommandError(Exception):
     """What the user must know: printed as one line without a traceback, and the exit status.
 
@@ -118,9 +122,11 @@ def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | No
         if error.met_by_all and os.environ.get("RANK", "0") != "0":
             return error.status
         message, status = str(error), error.status
-    except OSError as error:  # of files and of the network: huggingface_hub's are OSErrors too
-        message, status = first_line(error), BadInput.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK_LIBRARIES:
+            raise
+        message, status = first_line(error), BadInput.status
     print(f"{prog}: error: {message}", file=sys.stderr)
     return status
