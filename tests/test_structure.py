@@ -103,6 +103,20 @@ def test_no_module_imports_from_a_higher_level():
     assert not upwards
 
 
+def test_extras_are_imported_only_where_they_are_used():
+    """Else training would need what evaluation alone does."""
+    extras = {"torchmetrics", "torch_fidelity", "tensorboard", "matplotlib", "mlxtend", "gradio"}
+    at_once = {
+        (module, name.partition(".")[0])
+        for module, path in package_modules().items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    found = {(module, name) for module, name in at_once if name in extras}
+    assert {module.partition(".")[0] for module, _ in found} <= {"demo", "viz"}, found
+
+
 def test_the_method_is_readable_alone():
     """Its files import each other only; the pipeline's push is the one way out."""
     graph = import_graph()

@@ -1,5 +1,6 @@
 """The commands that the documents recommend, as processes: their statuses, signals, a launcher that dies, two runs at once."""
 
+import json
 import os
 import re
 import signal
@@ -41,8 +42,9 @@ def lines_of(log, text) -> list[str]:
 def test_bad_input_is_status_2_and_one_line(options, tmp_path):
     process = start(PLAIN, tmp_path / "log", tmp_path / "run", *options, "--resolution", 15)
     assert process.wait() == 2
-    (line,) = (tmp_path / "log").read_text().splitlines()
+    *_, line = lines = (tmp_path / "log").read_text().splitlines()
     assert line.startswith("diffusers-dod train: error: --resolution 15 must be a multiple of")
+    assert all("it/s" in bar or "examples/s" in bar for bar in lines[:-1])  # of reading the data
     assert not (tmp_path / "run").exists()
 
 
@@ -54,7 +56,7 @@ def test_too_many_bad_steps_are_status_3_and_one_line(options, tmp_path):
     assert "2 steps in a row were skipped" in line and "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_one_run_holds_its_folder_until_a_signal_and_is_resumed(options, tmp_path):
+def test_one_run_holds_its_folder_until_a_signal_or_a_kill_and_is_resumed(options, tmp_path):
     first = start(PLAIN, tmp_path / "first", tmp_path / "run", *options, *ENDLESS)
     wait_for_step(tmp_path / "first", first)
     second = start(PLAIN, tmp_path / "second", tmp_path / "run", *options, *ENDLESS)
@@ -67,21 +69,16 @@ def test_one_run_holds_its_folder_until_a_signal_and_is_resumed(options, tmp_pat
     (line,) = lines_of(tmp_path / "first", "To resume, repeat the command.")
     step = int(re.search(r"after step (\d+)", line)[1])
     assert (tmp_path / "run" / f"checkpoint-{step}" / "training_config.json").is_file()
-    assert finish_run(PLAIN, tmp_path, options, step + 2) == 0
+
+    resumed = start(PLAIN, tmp_path / "resumed", tmp_path / "run", *options, *ENDLESS)
+    wait_for_step(tmp_path / "resumed", resumed)
     assert f"Resuming from {tmp_path / 'run' / f'checkpoint-{step}'}" in (tmp_path / "resumed").read_text()
-
-
-def finish_run(command, folder, options, steps) -> int:
-    resumed = ("--max_train_steps", steps, "--checkpointing_steps", 10**6)
-    return start(command, folder / "resumed", folder / "run", *options, *resumed).wait()
-
-
-def test_a_kill_releases_the_folder(options, tmp_path):
-    first = start(PLAIN, tmp_path / "first", tmp_path / "run", *options, *ENDLESS)
-    wait_for_step(tmp_path / "first", first)
-    first.kill()
-    first.wait()
-    assert finish_run(PLAIN, tmp_path, options, 2) == 0
+    resumed.kill()
+    resumed.wait()
+    # A kill leaves the folder free as well, and the checkpoint.
+    last = start(PLAIN, tmp_path / "last", tmp_path / "run", *options, *ENDLESS, "--max_train_steps", step + 2)
+    assert last.wait() == 0
+    assert json.loads((tmp_path / "run" / "training_config.json").read_text())["step"] == step + 2
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGKILL, 2)])

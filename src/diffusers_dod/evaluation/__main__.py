@@ -11,6 +11,7 @@ of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the mod
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -35,7 +36,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of subsets and splits")
     add("--output", help="JSON to write; printed in any case")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if {"is", "kid"} & set(args.metrics) and importlib.util.find_spec("torchmetrics") is None:
+        parser.error("--metrics is and kid need torchmetrics: `pip install torchmetrics`")
+    return args
 
 
 def report(args: argparse.Namespace) -> None:

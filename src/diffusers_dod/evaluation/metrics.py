@@ -2,14 +2,12 @@
 
 Fréchet distance: Heusel et al. 2017 (arXiv 1706.08500). Precision and recall: Kynkäänniemi et al. 2019 (arXiv
 1904.06991), as in ADM's evaluator with k = 3. Density and coverage: Naeem et al. 2020 (arXiv 2002.09797), k = 5. Kernel
-distance and Inception Score are torchmetrics'.
+distance and Inception Score are torchmetrics', an extra that training does without.
 """
 
 from typing import NamedTuple
 
 import torch
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 class FeatureStatistics(NamedTuple):
@@ -72,6 +70,8 @@ def kernel_distance(
         subsets (`int`), subset_size (`int`): how many subsets of how many samples; a smaller set is taken whole.
         seed (`int`): of the subsets.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(subset_size, len(samples), len(reference))
     metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=subsets, subset_size=size)
     metric.update(reference.double(), real=True)
@@ -84,6 +84,8 @@ def kernel_distance(
 
 def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score (Salimans et al. 2016, arXiv 1606.03498) of class logits `(samples, classes)`: mean and std of splits."""
+    from torchmetrics.image.inception import InceptionScore
+
     metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):

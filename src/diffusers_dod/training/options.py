@@ -244,6 +244,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise BadInput(f"--train {','.join(args.train)} needs a trained model: --pretrained_model_name_or_path")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise BadInput(f"{args.report_to} is not installed: `pip install {args.report_to}`, or pass --report_to none")
+    if args.evaluation_samples and importlib.util.find_spec("torchmetrics") is None:
+        raise BadInput("--evaluation_samples needs torchmetrics: `pip install torchmetrics`")
     if args.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise BadInput("--optimizer adamw_8bit needs bitsandbytes: `pip install bitsandbytes`, or take adamw_fused")
 
