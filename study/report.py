@@ -192,7 +192,28 @@ def plot(studies: list[Results], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-TABLES = {"main": main_table, "ratios": ratio_table, "copying": copying_table, "options": option_table}
+def summary_table(studies: list[Results]) -> str:
+    """For the README: the distances of class-only and of wide codes, each at its best, and their ratio."""
+    rows = []
+    for results in studies:
+        settings_of = {name: results.best(name, 36) for name in ("class-only", "wide codes")}
+        values = {name: results.values(name, str(setting), "fd") for name, setting in settings_of.items()}
+        row = [results.name]
+        for name, setting in settings_of.items():
+            row.append(
+                f"{statistics.mean(values[name].values()):.1f} in {results.evaluations(name, setting):.0f} evaluations"
+            )
+        rows.append([*row, ratios(values["wide codes"], values["class-only"])])
+    return table(["data", "class-only", "one stage from a code model", "ratio: mean (each seed)"], rows)
+
+
+TABLES = {
+    "summary": summary_table,
+    "main": main_table,
+    "ratios": ratio_table,
+    "copying": copying_table,
+    "options": option_table,
+}
 
 
 def collect(name: str, folder: Path) -> dict:
@@ -207,10 +228,10 @@ def collect(name: str, folder: Path) -> dict:
 def fill(text: str, studies: list[Results]) -> str:
     """A page with its tables made anew."""
     for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if pattern.search(text):
             made = make(studies)
-            text = pattern.sub(lambda match, made=made: match[1] + made + match[2], text)
+            text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     return text
 
 

@@ -1,272 +1,192 @@
-"""The study of `study/`: its parts at tiny sizes, and that the report makes its tables from the committed results."""
+"""The study of `study/`: its parts at tiny sizes, and that its page says what the committed figures say."""
 
-import json
-import re
+import math
 from dataclasses import replace
 
+import data_sets
 import pytest
 import report
 import torch
-from autoguidance import guided_by
-from data_sets import DataSet, digits, draw_letter
-from experiments import ABLATIONS, DOD, RESULTS, VARIANTS, settings
-from measure_model import Setting, explain, measure, sample, sample_labels, unguided
-from PIL import ImageFont
+from experiments import CLASS_ONLY, DOD, MAIN, NARROW, OPTIONS, STUDIES, WIDE, Setting, Size, settings
+from models import (
+    QuantisedEmbedder,
+    begin_code_training,
+    begin_training,
+    build_pipeline,
+    copying,
+    draw,
+    encode,
+    real_codes,
+    sample_labels,
+)
 from referee import Referee
-from train_model import Size, build_models, train, training_step
+from training import Training, train_together
 
-from diffusers_dod import DoDPipeline
-
-
-SIZE = Size(width=64, heads=2, layers=1, batch_size=8)
+from diffusers_dod.training import dod_loss
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_compiling():
-    with torch.compiler.set_stance("force_eager"):
-        yield
+SIZE = Size(width=32, heads=1, layers=1)
 
 
 @pytest.fixture(scope="module")
 def data():
-    return digits(None)
-
-
-@pytest.fixture(scope="module")
-def referee(data):
-    return Referee(data, steps=150)
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    train(data, DOD, SIZE, [3, 6], seed=0, folder=folder)
-    return folder
-
-
-def test_nothing_held_out_is_trained_on(data):
-    assert (len(data.images), len(data.held_out_images)) == (4000, 1000)
-    both = torch.cat([data.images, data.held_out_images]).flatten(1)
-    assert len(both.unique(dim=0)) == 5000
-    assert data.images.min() == -1 and data.images.max() == 1
-
-
-def test_a_letter_fills_the_same_square_in_every_face():
-    for size in (60, 96):
-        image = draw_letter(ImageFont.load_default(size), "W")
-        left, top, right, bottom = image.getbbox()
-        assert image.size == (32, 32) and abs(right - left - 26) <= 1 and bottom - top < 26
-    assert draw_letter(ImageFont.load_default(96), " ") is None
-
-
-@pytest.mark.parametrize(
-    "setting, stage, evaluations",
-    [
-        (unguided(12, 12), 1, 12),
-        (unguided(12, 12), 2, 24),
-        (unguided(6, 18), 2, 24),
-        (unguided(12, 12, real_prior=True), 2, 12),
-        (Setting((12, 12), (1.5, 1.0)), 2, 30),
-        (Setting((12, 12), (1.5, 1.5)), 2, 36),
-        (Setting((12, 12), (1.5, 1.5), prior_guidance=1.5), 2, 42),
-        (Setting((12, 12), (1.0, 1.0), prior_guidance=1.5), 2, 36),
-        (Setting((12, 12), (1.5, 1.5), intervals=((0.0, 1.0), (0.0, 0.25))), 2, 39),
-        (Setting((12, 12), (1.5, 1.5), drop="both"), 2, 36),
-    ],
-)
-def test_evaluations_count_what_the_transformer_computes(data, trained, setting, stage, evaluations):
-    assert setting.evaluations(stage) == evaluations
-    pipe = DoDPipeline.from_pretrained(trained / "step-3")
-    rows = []
-    pipe.transformer.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    shorter = replace(setting, steps=setting.steps[:stage], guidance=setting.guidance[:stage])
-    sample(pipe, shorter, torch.arange(10), data, seed=0)
-    assert sum(rows) == 10 * evaluations
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_what_it_should(data, name):
-    variant = VARIANTS[name]
-    torch.manual_seed(0)
-    transformer, embedder = build_models(data, variant, SIZE)
-    torch.nn.init.normal_(embedder.proj_out.weight)
-    torch.nn.init.normal_(transformer.proj_out.weight)
-    training_step(transformer, embedder, data, variant, SIZE.batch_size).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in transformer.parameters())
-    has_gradient = {parameter.grad is not None for parameter in embedder.parameters()}
-    assert has_gradient == {variant.has_prior}
-    codes = embedder(data.images[:2]).codes
-    assert codes.shape == (2, variant.bottleneck[0] ** 2, variant.bottleneck[1])
-
-
-def test_a_token_fits_the_width(data):
-    with pytest.raises(ValueError, match="A token of 49 numbers.* does not pass through a width of 32"):
-        build_models(data, DOD, replace(SIZE, width=32))
-
-
-def test_only_ablations_differ_from_the_model(data):
-    assert DOD not in ABLATIONS.values() and len(set(map(repr, VARIANTS.values()))) == len(VARIANTS)
-
-
-def test_a_run_saves_averaged_weights_at_its_marks(data, trained, tmp_path):
-    early, late = (DoDPipeline.from_pretrained(trained / f"step-{step}") for step in (3, 6))
-    assert early.config.id2label["7"] == "7"
-    assert not torch.equal(early.transformer.patch_embed.weight, late.transformer.patch_embed.weight)
-    # Saving on the way changes nothing of what comes after.
-    train(data, DOD, SIZE, [6], seed=0, folder=tmp_path)
-    again = DoDPipeline.from_pretrained(tmp_path / "step-6")
-    for one, other in zip(late.transformer.parameters(), again.transformer.parameters()):
-        torch.testing.assert_close(one, other)
-
-
-def test_the_referee_tells_real_from_noise_and_can_be_stored(data, referee):
-    images, labels = data.held_out_images[::2], data.held_out_labels[::2]
-    held_out = referee.measure(images, labels)
-    noise = referee.measure(torch.rand_like(images) * 2 - 1, labels)
-    assert held_out["fd"] < noise["fd"] / 5 and held_out["fd_pca"] < noise["fd_pca"] / 5
-    assert held_out["accuracy"] > 0.8 > 0.4 > noise["accuracy"]
-    assert min(held_out["precision"], held_out["recall"], held_out["coverage"]) > 0.8 > 0.4 > noise["coverage"]
-    loaded = Referee.load(referee.state(), data)
-    assert loaded.accuracy == referee.accuracy
-    assert loaded.measure(data.images[:100], data.labels[:100]) == referee.measure(
-        data.images[:100], data.labels[:100]
+    whole = data_sets.digits(None)
+    return whole._replace(
+        images=whole.images[:300],
+        labels=whole.labels[:300],
+        held_out_images=whole.held_out_images[:60],
+        held_out_labels=whole.held_out_labels[:60],
     )
 
 
-def test_classes_are_sampled_as_often_as_they_occur(data):
-    assert sample_labels(data, 30).tolist() == [*range(10)] * 3
-    uneven = data._replace(labels=torch.tensor([0] * 60 + [1] * 29 + [2] * 11))
-    labels = sample_labels(uneven, 10)
-    assert torch.bincount(labels).tolist() == [6, 3, 1]
-    assert torch.bincount(labels[:5]).tolist() == [3, 1, 1]  # mixed
+@pytest.fixture(scope="module")
+def coded(data):
+    variant = replace(NARROW, code_size=(32, 1), code_steps=4)
+    training = begin_training(data, variant, SIZE, steps=4, seed=0)
+    train_together([training])
+    codes = begin_code_training(training, variant, seed=0)
+    train_together([codes])
+    return training, codes
 
 
-def test_autoguidance_goes_away_from_the_weaker_model(data, trained):
-    pipe, twin, weak = (DoDPipeline.from_pretrained(trained / f"step-{step}") for step in (6, 6, 3))
-    for model in (pipe, twin, weak):  # whose last layers are still near their start, zero
-        model.set_progress_bar_config(disable=True)
-        torch.manual_seed(0)
-        torch.nn.init.normal_(model.latent_embedder.proj_out.weight)
-        torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
-    everywhere = ((0.0, 1.0),) * 2
-    labels = torch.arange(10)
-    plain = sample(pipe, unguided(2, 2), labels, data, seed=0)
-
-    def guided(by, *scales):
-        with guided_by(pipe, by):
-            return sample(pipe, Setting((2, 2), scales, intervals=everywhere), labels, data, seed=0)
-
-    # Away from itself is nowhere; away from another is as far as the scale says.
-    for stage, same in zip(plain, guided(twin, 3.0, 3.0)):
-        torch.testing.assert_close(same, stage, atol=1e-4, rtol=0)
-    near, far = (guided(weak, 1.0, scale)[1] - plain[1] for scale in (1.01, 1.02))
-    assert near.abs().max() > 1e-5
-    assert (far - 2 * near).norm() < 0.1 * near.norm()
-    # It reads the prior through its own embedder.
-    weak.register_modules(transformer=twin.transformer)
-    assert (guided(weak, 1.0, 1.5)[1] - plain[1]).abs().max() > 1e-5
-    # Outside, the null class guides again.
-    null = sample(pipe, Setting((2, 2), (3.0, 3.0), intervals=everywhere), labels, data, seed=0)
-    assert (null[0] - plain[0]).abs().max() > 1e-3
+def test_a_training_learns_and_ends_with_averaged_weights(data):
+    training = begin_training(data, DOD, SIZE, steps=120, seed=0)
+    before = [p.detach().clone() for p in training.parameters]
+    losses = []
+    for _ in range(120):
+        losses.append(training.loss().item())
+        training.step()
+    assert training.is_done and sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    live = [p.detach().clone() for p in training.parameters]
+    training.finish()
+    for average, parameter in zip(training.averages, training.parameters):
+        assert torch.equal(average, parameter)
+    assert any(not torch.equal(a, b) for a, b in zip(live, training.parameters))
+    assert any(not torch.equal(a, b) for a, b in zip(before, training.parameters))
 
 
-def test_explanations_of_known_stages(data, trained):
-    pipe = DoDPipeline.from_pretrained(trained / "step-6")
-    copied = explain(pipe, [data.images, data.images], data)
-    assert copied["code_fd"] < 0.02 and copied["stage_2_to_1"] == 0 and copied["nearest_training"] < 1e-3
-    assert copied["nearest_training_held_out"] > 0.1
-    moved = explain(pipe, [-data.images, data.images], data)
-    assert moved["code_fd"] > 10 * copied["code_fd"] and moved["stage_2_to_1"] > 1
+def test_the_learning_rate_rises_and_falls_to_nothing(data):
+    training = begin_training(data, CLASS_ONLY, SIZE, steps=100, seed=0)
+    rates = []
+    for step in range(100):
+        training.steps_done = step
+        training._schedule()
+        rates.append(training.learning_rate.item())
+    assert rates[0] == pytest.approx(1e-3) and max(rates) == pytest.approx(3e-3, rel=0.01)
+    assert rates[-1] < 2e-6 and rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
 
 
-def test_figures_of_a_model(data, referee, trained):
-    pipe = DoDPipeline.from_pretrained(trained / "step-6")
-    pipe.set_progress_bar_config(disable=True)
-    rows = measure(pipe, pipe, [unguided(2, 2), unguided(2, 2, real_prior=True)], 20, data, referee, seed=0)
-    assert [(row["stage"], row["evaluations"]) for row in rows] == [(1, 2), (2, 4), (2, 2)]
-    assert "code_fd" in rows[1] and "code_fd" not in rows[0]
+def test_the_same_seed_is_the_same_run_and_the_rival_has_no_embedder(data):
+    runs = [begin_training(data, CLASS_ONLY, SIZE, steps=3, seed=seed) for seed in (0, 0, 1)]
+    train_together(runs)
+    one, same, other = ([p.clone() for p in run.parameters] for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(one, same))
+    assert any(not torch.equal(a, b) for a, b in zip(one, other))
+    assert runs[0].embedder is None and runs[0].num_prior_rows == 0
+    assert begin_training(data, WIDE, SIZE, 3, 0).num_prior_rows == 28
 
 
-def test_the_class_only_rival_is_measured_as_often():
-    steps = [1000, 2000, 4000, 4400]
-    guided = [setting for setting in settings("class_only", 4000, steps) if max(setting.guidance) > 1]
-    dod = [setting for setting in settings("dod", 4000, steps[:3]) if max(setting.guidance) > 1]
-    assert len(guided) >= len(dod)
-    assert max(setting.evaluations(1) for setting in guided) == max(setting.evaluations(2) for setting in dod)
+def test_near_noise_reaches_the_rows_with_a_prior_only(data):
+    variant = replace(NARROW, recipe=replace(NARROW.recipe, near_noise=1.0, batch_size=64))
+    training = begin_training(data, variant, SIZE, 1, 0)
+    times = []
+    training.transformer.register_forward_pre_hook(lambda module, arguments: times.append(arguments[1]))
+    training.loss()
+    assert (times[0][:48] >= 900).all() and (times[0][48:] < 900).any()
 
 
-def results_of(distances):
-    """Two seeds' results in which every figure is the one distance of (variant, setting, stage), times 1 and times 2."""
-    runs = []
-    for variant in ("class_only", "dod"):
-        steps = [500, 1000, 1100] if variant == "class_only" else [500, 1000]
-        for seed in (0, 1):
-            rows = [
-                {
-                    "step": step,
-                    "setting": str(setting),
-                    "stage": stage,
-                    **dict.fromkeys(report.FIGURES, value * (seed + 1)),
-                }
-                for (of, setting, stage), value in distances.items()
-                if of == variant
-                for step in steps
-            ]
-            runs.append({"variant": variant, "seed": seed, "steps": steps, "rows": rows})
-    return report.Results({}, runs)
+def test_codes_are_standardised_and_the_code_model_sees_one_token(data, coded):
+    training, code_training = coded
+    codes = encode(training.embedder, data.images)
+    assert codes.shape == (300, 4, 2, 2)
+    assert codes.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    torch.testing.assert_close(codes.std(dim=(0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
+    assert code_training.transformer.config.patch_size == 2 and code_training.embedder is None
 
 
-def test_the_best_split_is_that_of_the_least_distance():
-    distances = {
-        ("class_only", report.LONG, 1): 10.0,
-        ("dod", report.ALL_STAGES, 2): 8.0,
-        ("dod", unguided(18, 6), 2): 7.0,
-        ("dod", unguided(8, 8, 8), 1): 1.0,
-        ("dod", unguided(8, 8, 8), 3): 6.0,
-    }
-    results = results_of(distances)
-    text, one, other = report.best_split(results)
-    assert "8/8/8 steps, the best of 3 splits" in text
-    assert report.ratio(results, one, other, "fd") == "0.60 (0.60, 0.60)"
-    text, *_ = report.best_split(results_of(distances | {("dod", report.ALL_STAGES, 2): 5.0}))
-    assert "12/12 steps, the best of 3 splits" in text
+def test_every_setting_of_every_model_draws(data, coded):
+    pipeline = build_pipeline(data, *coded)
+    labels = sample_labels(data, 6)
+    drawn = set()
+    for setting in settings("narrow codes", NARROW):
+        short = replace(setting, steps=tuple(2 for _ in setting.steps))
+        images = draw(pipeline, short, labels, data, seed=0)
+        assert images.shape == (6, 1, 28, 28) and images.isfinite().all() and images.abs().max() <= 1
+        drawn.add((short.source, short.guidance, short.code_guidance, len(short.steps)))
+    assert len(drawn) > 5
+    found = copying(pipeline, labels, images, data, seed=0)
+    assert set(found) == {"code", "code_held_out", "image", "image_held_out"} and min(found.values()) > 0
 
 
-def test_guidance_is_compared_with_the_rivals_best_of_no_more_evaluations():
-    plain, dear = report.CLASS_ONLY_GUIDED[0], report.MORE_GUIDANCE["class_only"][-1]
-    one_stage, autoguided = Setting((12, 12), (2.0, 1.0)), report.MORE_GUIDANCE["dod"][-1]
-    assert (plain.evaluations(1), dear.evaluations(1)) == (36, 48)
-    assert (one_stage.evaluations(2), autoguided.evaluations(2)) == (30, 48)
-    distances = {("class_only", plain, 1): 10.0, ("class_only", dear, 1): 5.0}
-    distances |= {("dod", report.DOD_GUIDED[0], 2): 9.0, ("dod", one_stage, 2): 8.0, ("dod", autoguided, 2): 4.0}
-    lines = report.guidance_table(results_of(distances)).splitlines()[2:]
-    ratios = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in lines}
-    assert ratios == {
-        f"DoD, {report.DOD_GUIDED[0]}": "0.90 (0.90, 0.90)",
-        f"DoD, {one_stage}": "0.80 (0.80, 0.80)",
-        f"DoD, {autoguided}": "0.80 (0.80, 0.80)",
-        f"class-only, equal time, {plain}": "1.00 (1.00, 1.00)",
-        f"class-only, equal time, {dear}": "1.00 (1.00, 1.00)",
-    }
+def test_real_codes_are_those_of_images_of_the_class(data, coded):
+    kept = data.labels.unique()
+    pipeline, labels = build_pipeline(data, *coded), torch.tensor([kept[0], kept[0], kept[-1]])
+    codes = real_codes(pipeline, labels, data, seed=0)
+    every = coded[0].embedder.encode(data.images)
+    for code, label in zip(codes, labels):
+        (rows,) = (every - code).flatten(1).abs().amax(dim=1).lt(1e-5).nonzero(as_tuple=True)
+        assert label in data.labels[rows]
+    assert not torch.equal(codes[0], codes[1])
 
 
-def test_every_table_is_regenerated_from_the_committed_results():
-    report_page, readme = report.REPORT.read_text(), report.README.read_text()
-    # Rows of figures give way to nothing, so that a table that is not made again would stay empty.
-    emptied = [
-        re.sub(r"(<!-- [a-z-]+:[a-z]+ -->\n).*?(\n<!-- end -->)", r"\1\2", page, flags=re.DOTALL)
-        for page in (report_page, readme)
-    ]
-    assert len(emptied[0]) < len(report_page) / 2
-    assert report.regenerate(*emptied, report.load_committed()) == (report_page, readme)
+def test_quantised_codes_have_their_levels_and_a_gradient():
+    embedder = QuantisedEmbedder(
+        sample_size=8, patch_size=4, in_channels=1, num_encoder_layers=1, num_decoder_layers=1
+    )
+    images = torch.randn(3, 1, 8, 8)
+    codes = embedder.encode(images)
+    steps = (codes * 3.5).detach()
+    torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    codes.sum().backward()
+    assert embedder.to_codes.weight.grad.abs().max() > 0
 
 
-def test_results_are_of_variants_that_the_code_has_but_for_dropped_ones():
-    for results in report.load_committed().values():
-        assert {run["variant"] for run in results.runs} <= VARIANTS.keys()
-    dropped = json.loads((RESULTS / "dropped.json").read_text())
-    assert dropped and all(run["variant"] not in VARIANTS for runs in dropped.values() for run in runs)
+def test_evaluations_count_guided_steps_and_the_code_model():
+    assert Setting("stage", (12, 12), (1.5, 1.0)).evaluations == 30
+    assert Setting("codes", (12,), (1.0,)).evaluations == 12
+    assert str(Setting("codes", (12,), (1.5,), 1.5)) == "codes, 12 steps, guidance 1.5, codes guided 1.5"
+    for name, variant in (MAIN | OPTIONS).items():
+        names = [str(setting) for setting in settings(name, variant)]
+        assert len(names) == len(set(names)) and names
 
 
-def test_data_sets_are_named_with_their_classes(data):
-    assert isinstance(data, DataSet) and data.class_names == [str(digit) for digit in range(10)]
+def test_labels_are_as_often_as_in_the_data(data):
+    labels = sample_labels(data, 100)
+    counts, expected = torch.bincount(labels, minlength=10), torch.bincount(data.labels, minlength=10) / 3
+    assert len(labels) == 100 and (counts - expected).abs().max() <= 1
+
+
+def test_the_referee_knows_real_images_from_noise(data):
+    referee = Referee(data, steps=150)
+    real = referee.measure(data.held_out_images, data.held_out_labels)
+    noise = referee.measure(torch.rand(60, 1, 28, 28) * 2 - 1, data.held_out_labels)
+    assert real["fd"] < noise["fd"] and real["fd_pca"] < noise["fd_pca"] and real["accuracy"] == 1.0
+
+
+def test_a_step_of_the_study_is_the_packages_loss(data):
+    """`Training.loss` draws, and `dod_loss` does the rest."""
+    training: Training = begin_training(data, CLASS_ONLY, SIZE, 1, 0)
+    seen = []
+    training.transformer.register_forward_hook(lambda module, arguments, output: seen.append((arguments, output)))
+    loss = training.loss()
+    (noisy, times, labels), (prediction,) = seen[0]
+    assert noisy.shape == prediction.shape == (32, 1, 28, 28) and labels.max() <= 10
+    assert math.isfinite(loss.item()) and callable(dod_loss)
+
+
+def test_the_page_and_the_readme_have_the_tables_of_the_committed_figures():
+    studies = [report.Results(name) for name in STUDIES]
+    for page in report.PAGES:
+        text = page.read_text()
+        assert report.fill(text, studies) == text
+        emptied = report.re.sub(r"(<!-- \w+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=report.re.DOTALL)
+        assert report.fill(emptied, studies) == text
+    assert "<!-- main -->" in report.PAGES[0].read_text()
+
+
+def test_three_seeds_of_every_model_are_committed():
+    for name in STUDIES:
+        results = report.Results(name)
+        for variant in MAIN:
+            for setting in settings(variant, MAIN[variant]):
+                assert sorted(results.rows[variant][str(setting)]) == [0, 1, 2], (name, variant, str(setting))
