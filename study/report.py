@@ -141,12 +141,8 @@ def copying_table(studies: list[Results]) -> str:
     rows = []
     for results in studies:
         for name in MAIN:
-            found = {
-                run["seed"]: run["rows"][0]["copying"]
-                for run in results.runs
-                if run["variant"] == name and MAIN[name].code_size
-            }
-            found = {seed: row for seed, row in found.items()}
+            coded = [run for run in results.runs if run["variant"] == name and MAIN[name].code_size is not None]
+            found = {run["seed"]: run["rows"][0]["copying"] for run in coded}
             if found:
                 row = [results.name, name]
                 for key, digits in (("code", 2), ("code_held_out", 2), ("image", 3), ("image_held_out", 3)):

@@ -77,6 +77,15 @@ def tiny_pipeline(**overrides):
     return pipe
 
 
+def tiny_coded_pipeline(**overrides):
+    """A pipeline with a model of its 4x4 codes of 2 numbers."""
+    embedder = tiny_embedder(in_channels=4, codes_mean=[0.1, -0.2], codes_std=[0.5, 2.0])
+    code_model = tiny_transformer(in_channels=2, sample_size=4, patch_size=2, prediction_type="flow")
+    components = {"latent_embedder": embedder, "code_transformer": code_model}
+    components["code_scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    return tiny_pipeline(**components | overrides)
+
+
 # For processes that must train on the CPU, whatever there is. accelerate's barrier names a GPU for each process, gloo or not.
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 

@@ -4,7 +4,8 @@
     pipeline.py                             the pipeline's own code, for those who have diffusers only
     transformer/                            config.json, safetensors, transformer_dod.py
     latent_embedder/                        config.json, safetensors, latent_embedder_dod.py
-    scheduler/, vae/                        classes of diffusers, as in its other pipelines
+    code_transformer/                       the same as transformer/, where there is a code model
+    scheduler/, code_scheduler/, vae/       classes of diffusers, as in its other pipelines
 
 `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the code that is carried. `DoDPipeline` never does:
 it takes the models' classes from beside itself, whatever module the index names.
@@ -42,18 +43,20 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     return "".join(lines)
 
 
-def carried_code(pipeline_file: str | None = None) -> dict[str, str]:
+def carried_code(index: dict[str, Any], pipeline_file: str | None = None) -> dict[str, str]:
     """The code that a repository carries, by its path there.
 
     Args:
+        index (`dict`): what its `model_index.json` holds.
         pipeline_file (`str`, *optional*): the pipeline's module, this package's by default; the models' are its neighbours.
     """
     file = Path(pipeline_file or Path(__file__).with_name("pipeline_dod.py"))
-    return {
-        "pipeline.py": standalone_source(file),
-        "transformer/transformer_dod.py": standalone_source(file.with_name("transformer_dod.py")),
-        "latent_embedder/latent_embedder_dod.py": standalone_source(file.with_name("latent_embedder_dod.py")),
-    }
+    code = {"pipeline.py": standalone_source(file)}
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[1] in MODEL_FILES:
+            name = f"{MODEL_FILES[entry[1]]}.py"
+            code[f"{component}/{name}"] = standalone_source(file.with_name(name))
+    return code
 
 
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
@@ -225,10 +228,10 @@ class DoDRepositoryMixin:
             weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
-            for path, text in carried_code(str(sys.modules[type(self).__module__].__file__)).items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
             index_file = Path(save_directory, INDEX_NAME)
             index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
+            for path, text in carried_code(index, str(sys.modules[type(self).__module__].__file__)).items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
             index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]

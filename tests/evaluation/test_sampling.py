@@ -148,7 +148,7 @@ def test_random_classes_follow_from_the_seed():
 )
 def test_settings_that_mean_nothing(arguments, message):
     with pytest.raises(BadInput, match=message):
-        parse_args(["--model", "x", "--output_dir", "y", *arguments])
+        parse_args(["--model", "x", "--output_dir", "y", "--num_stages", "2", *arguments])
 
 
 def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):

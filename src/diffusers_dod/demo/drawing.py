@@ -25,6 +25,7 @@ class Drawing:
     Args:
         class_id (`int`, *optional*): `None` is no class.
         picture (`str`, *optional*): path of the user's own picture, the prior of stage 2.
+        prior_source (`str`, *optional*): the pipeline's argument.
     """
 
     class_id: int | None
@@ -32,6 +33,7 @@ class Drawing:
     num_inference_steps: list[int]
     guidance_scale: list[float]
     picture: str | None = None
+    prior_source: str | None = None
 
     @property
     def stages(self) -> range:
@@ -45,6 +47,7 @@ class Drawing:
             "num_stages": len(self.num_inference_steps),
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            **({} if self.prior_source is None else {"prior_source": self.prior_source}),
         }
 
     def code(self, model: str, class_name: str, device: str) -> str:

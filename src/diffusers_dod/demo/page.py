@@ -71,6 +71,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     """The page for a pipeline; `model` is the name by which the code loads it."""
     choices = class_choices(pipe)
     names = {value: name for name, value in choices}
+    source = None if pipe.code_transformer is None else "stage"
 
     def show_rows(num_stages: int, picture: str | None) -> list:
         """One row a stage that runs; a picture needs a stage 2, and is looked at right away."""
@@ -93,7 +94,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             seed = random.randint(0, MAX_SEED)
         # A field that was emptied is None, which the pipeline refuses with a message.
         steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
-        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, scales, picture)
+        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, scales, picture, source)
         code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
         finished: list[Finished] = []
         try:

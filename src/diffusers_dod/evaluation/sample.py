@@ -13,7 +13,8 @@ classes.
 import argparse
 import sys
 
-from ..cli import BadInput, Parser, number, run
+from ..cli import Parser, number, run
+from .stages import settle_stages
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -26,11 +27,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--output_dir", required=True, help="folder of the images")
     add("--classes", choices=("balanced", "random"), default="balanced", help="equally many of each, or at random")
     add("--batch_size", type=positive, default=64, help="images per process at a time")
-    add("--num_stages", type=positive, default=2, help="stages to run")
+    add("--num_stages", type=positive, help="stages to run; default: 2, or 1 from codes")
+    source = "where the first prior comes from; default: codes where there is a code model"
+    add("--prior_source", choices=("codes", "stage"), help=source)
     add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
     add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
     add("--guidance_scale", type=real, nargs="+", default=[1.0], help="one value, or one per stage")
     add("--prior_guidance_scale", type=real, nargs="+", help="a scale of its own for the prior; default: none")
+    add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
+    add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")
     interval = "part of the steps that is guided, from noise (0) to sample (1)"
     add("--guidance_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], help=interval)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")
@@ -38,23 +43,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the transformer's blocks")
     add("--npz", action=argparse.BooleanOptionalAction, default=False, help="write ADM's .npz at the end")
     args = parser.parse_args(argv)
-    for name in ("num_inference_steps", "guidance_scale", "prior_guidance_scale"):
-        values = getattr(args, name)
-        if values is not None and len(values) not in (1, args.num_stages):
-            raise BadInput(f"--{name} takes one value, or one for each of the {args.num_stages} stages")
-    args.stages = kept_stages(args.stages, args.num_stages)
+    if args.num_stages is not None:
+        settle_stages(args)
     return args
-
-
-def kept_stages(text: str, num_stages: int) -> list[int]:
-    named = {"last": [num_stages], "all": list(range(1, num_stages + 1))}
-    try:
-        stages = named[text] if text in named else sorted({int(stage) for stage in text.split(",")})
-    except ValueError as error:
-        raise BadInput(f"--stages {text} is neither last, all nor numbers") from error
-    if not all(1 <= stage <= num_stages for stage in stages):
-        raise BadInput(f"--stages must be from 1 to {num_stages}")
-    return stages
 
 
 def draw(argv: list[str]) -> None:

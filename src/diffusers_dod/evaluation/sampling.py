@@ -19,6 +19,7 @@ from ..files import whole_file, write_json
 from ..pipeline_dod import DoDPipeline
 from ..processes import end_together
 from ..randomness import row_generators
+from .stages import settle_stages
 
 
 SETTINGS_NAME = "sampling.json"
@@ -75,14 +76,19 @@ def sample(args: argparse.Namespace) -> None:
     """What `diffusers-dod sample` does; `args` are its options."""
     state = Accelerator()  # not PartialState, which ignores accelerate's choice of the CPU
 
-    # 1. The settings, which must be those of the images that lie there already, and the pipeline
+    # 1. The pipeline, and the settings, which must be those of the images that lie there already
+    with bad_input():
+        pipe = DoDPipeline.from_pretrained(
+            args.model, revision=args.revision, torch_dtype=getattr(torch, args.torch_dtype)
+        ).to(state.device)
+    if args.num_stages is None:
+        args.prior_source = args.prior_source or ("stage" if pipe.code_transformer is None else "codes")
+        args.num_stages = 2 if args.prior_source == "stage" else 1
+        settle_stages(args)
     settings = {key: value for key, value in vars(args).items() if key not in FREE_KEYS}
     versions = {"diffusers-dod": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
     with bad_input():
         check_settings(args, settings)
-        pipe = DoDPipeline.from_pretrained(
-            args.model, revision=args.revision, torch_dtype=getattr(torch, args.torch_dtype)
-        ).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
@@ -113,6 +119,9 @@ def sample(args: argparse.Namespace) -> None:
             stages = pipe(
                 [class_of(index, num_classes, args) for index in indices],
                 num_stages=args.num_stages,
+                prior_source=args.prior_source,
+                code_num_inference_steps=args.code_num_inference_steps,
+                code_guidance_scale=args.code_guidance_scale,
                 num_inference_steps=for_stages(args.num_inference_steps),
                 guidance_scale=for_stages(args.guidance_scale),
                 prior_guidance_scale=for_stages(args.prior_guidance_scale),

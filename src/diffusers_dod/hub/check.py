@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ..cli import first_line
-from ..compatibility import check_components, check_scheduler
+from ..compatibility import check_code_model, check_components, check_scheduler
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..repository import INDEX_NAME, resolve_index
 from ..transformer_dod import DoDTransformer2DModel
@@ -22,7 +22,7 @@ from .card import EVALUATION_NAME, LORA_NAME, TRAINING_NAME, read_evaluation, re
 PACKAGE = __name__.partition(".")[0]
 CARD_NAME = "README.md"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-PARTS = ("transformer", "latent_embedder", "scheduler", "vae")
+PARTS = ("transformer", "latent_embedder", "scheduler", "vae", "code_transformer", "code_scheduler")
 # Beside the components' folders, these are read; all but the training's configuration also go up.
 ROOT_FILES = (CARD_NAME, INDEX_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", EVALUATION_NAME, TRAINING_NAME, LORA_NAME)
 
@@ -251,6 +251,13 @@ def _check_pipeline(folder: Path, files: dict[str, Path]) -> list[str]:
             check_components(loaded["transformer"].config, loaded["latent_embedder"].config, loaded.get("vae"))
             scheduler = loaded["scheduler"]
             check_scheduler(type(scheduler), scheduler.config, loaded["transformer"].config)
+            if ("code_transformer" in loaded) != ("code_scheduler" in loaded):
+                raise ValueError("a code model needs both `code_transformer` and `code_scheduler`")
+            if "code_transformer" in loaded:
+                configs = (loaded[name].config for name in ("code_transformer", "transformer", "latent_embedder"))
+                check_code_model(*configs)
+                scheduler = loaded["code_scheduler"]
+                check_scheduler(type(scheduler), scheduler.config, loaded["code_transformer"].config)
         except (ValueError, AttributeError) as error:
             problems.append(f"configs: {error}")
     if isinstance(loaded.get("transformer"), DoDTransformer2DModel):

@@ -76,8 +76,8 @@ def collect_upload(folder: str | Path, card: str, include_code: bool = True) -> 
         return upload
     index = _without_origin(read_object(files[INDEX_NAME]))
     if include_code:
-        upload |= {path: text.encode() for path, text in carried_code().items()}
         index = index_with_code(index)
+        upload |= {path: text.encode() for path, text in carried_code(index).items()}
     else:
         index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
     upload[INDEX_NAME] = _json_bytes(index)

@@ -141,9 +141,14 @@ class CodeTraining:
 
         # 2. The model
         torch.manual_seed(args.seed)
+        codes_grid = embedder.code_grid(size, size)
         own = {"in_channels": embedder.config.bottleneck_dim, "num_classes": num_classes, "prediction_type": "flow"}
         config = {**default_code_config(pipeline, args.code_preset), **(args.code_config or {})}
         model: DoDTransformer2DModel = build_model(DoDTransformer2DModel, config, own, "--code_config")
+        if any(side % model.config.patch_size for side in codes_grid):
+            raise BadInput(
+                f"--code_config: a patch of {model.config.patch_size} does not divide the {codes_grid} codes"
+            )
         # With FiTv2's 0.02, made for a million steps, a few thousand do not learn the classes.
         torch.nn.init.normal_(model.class_embed.weight, std=1.0)
         components = pipeline.components | {

@@ -25,7 +25,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--model", required=True, help="folder or repository of the Hub")
     add("--output_dir", type=Path, required=True, help="folder of the pictures")
     add("--classes", nargs="+", help=f"ids or names; default: the first {MAX_COLUMNS}")
-    add("--num_stages", type=positive, default=3, help="stages to run")
+    add("--num_stages", type=positive, help="stages to run; default: 3, or 2 from codes")
+    source = "where the first prior comes from; default: codes where there is a code model"
+    add("--prior_source", choices=("codes", "stage"), help=source)
     add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")
     add("--guidance_scale", type=number(float, float("-inf")), default=1.0, help="class guidance of every stage")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
@@ -56,9 +58,11 @@ def draw(args: argparse.Namespace) -> None:
     with bad_input():
         pipe = DoDPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
         class_ids = choose_classes(pipe, args.classes)
+        source = args.prior_source or ("stage" if pipe.code_transformer is None else "codes")
         stages = pipe(
             class_ids,
-            num_stages=args.num_stages,
+            num_stages=args.num_stages or (3 if source == "stage" else 2),
+            prior_source=source,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=row_generators(args.seed, 0, range(len(class_ids))),

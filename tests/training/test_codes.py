@@ -1,0 +1,122 @@
+"""`diffusers-dod train-codes` on real digits: a code model that learns, resumes, and tells whether it copies."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
+from safetensors.torch import load_file
+from training_runs import assert_equal_tensors, cache_digits, write_digits
+
+from diffusers_dod import DoDPipeline
+from diffusers_dod.training.codes import nearest_distance
+from diffusers_dod.training.train_codes import main
+
+
+MODEL = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}'
+OPTIONS = ("--code_config", MODEL, "--report_to", "none", "--validation_steps", 0, "--train_batch_size", 16)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("data"), counts=(8, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    models = {
+        "transformer": tiny_transformer(in_channels=1, num_classes=3, prediction_type="flow", sample_size=14),
+        "latent_embedder": tiny_embedder(in_channels=1, sample_size=14, patch_size=7, output_patch_size=2),
+    }
+    tiny_pipeline(**models, id2label={0: "zero", 1: "one", 2: "four"}).save_pretrained(folder)
+    return folder
+
+
+def train(pipeline, data, output_dir, *options, status=0):
+    argv = [pipeline, "--train_data_dir", data, "--output_dir", output_dir, *OPTIONS, *options]
+    assert main([str(argument) for argument in argv]) == status
+    return output_dir
+
+
+def code_weights(folder):
+    return load_file(folder / "code_transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tmp_path, capsys):
+    options = ("--max_train_steps", 400, "--held_out", 0.25, "--ema_decay", 0.9, "--learning_rate", 3e-3)
+    run = train(pipeline, digits, tmp_path / "run", *options)
+    pipe = DoDPipeline.from_pretrained(run)
+    # Stage and embedder are the pipeline's own.
+    for name in ("transformer", "latent_embedder"):
+        path = f"{name}/diffusion_pytorch_model.safetensors"
+        assert_equal_tensors(load_file(run / path), load_file(pipeline / path))
+    assert pipe.config.id2label["1"] == "one" and pipe.code_transformer.config.patch_size == 2
+    # Standardised codes of the training images have the statistics of the config; generated ones come near.
+    labels = torch.arange(300) % 3
+    codes = pipe.generate_codes(labels, 14, 14, generator=torch.Generator().manual_seed(0))
+    normalised = pipe.latent_embedder.normalize_codes(codes, 14, 14)
+    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 0.35
+    assert (normalised.std(dim=(0, 2, 3)) - 1).abs().max() < 0.35
+    report = json.loads((run / "codes.json").read_text())
+    assert report["count"] == 6 and report["generated"] > 0 and report["held_out"] > 0
+    assert "Nearest training code, median of 6" in capsys.readouterr().out
+    assert pipe([0], num_inference_steps=2).images
+
+
+def test_a_killed_run_resumes_bit_equal_and_the_same_command_is_finished(digits, pipeline, tmp_path, capsys):
+    options = ("--max_train_steps", 6, "--checkpointing_steps", 3)
+    whole = train(pipeline, digits, tmp_path / "whole", *options)
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    assert_equal_tensors(code_weights(train(pipeline, digits, tmp_path / "resumed", *options)), code_weights(whole))
+    train(pipeline, digits, whole, *options)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_cached_latents_and_flips_are_encoded_too(digits, tmp_path):
+    latents = cache_digits(digits, tmp_path, "--flips")
+    models = {
+        "transformer": tiny_transformer(num_classes=3, prediction_type="flow", sample_size=7, patch_size=1),
+        "latent_embedder": tiny_embedder(sample_size=7, patch_size=7, output_patch_size=1),
+    }
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    tiny_pipeline(**models, vae=vae).save_pretrained(tmp_path / "pipeline")
+    argv = [tmp_path / "pipeline", "--latents_dir", latents, "--random_flip", "--output_dir", tmp_path / "run"]
+    assert main([str(argument) for argument in (*argv, *OPTIONS, "--max_train_steps", 2)]) == 0
+    assert DoDPipeline.from_pretrained(tmp_path / "run")([1], num_inference_steps=2).images
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--code_config", '{"in_channels": 5}'), "--code_config has in_channels 5"),
+        (("--code_config", '{"patch_size": 3, "sample_size": 2}'), "patch"),
+        (("--code_config", '{"layers": 3}'), "none of"),
+        (("--held_out", 2), "is not from 0 to 1"),
+        (("--train_data_dir", "nowhere"), "not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(digits, pipeline, tmp_path, capsys, options, message):
+    train(pipeline, digits, tmp_path / "run", "--max_train_steps", 2, *options, status=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("diffusers-dod train-codes: error:") and message in line
+
+
+def test_an_untrained_embedder_has_no_codes_to_learn(digits, tmp_path, capsys):
+    models = {
+        "transformer": tiny_transformer(in_channels=1, num_classes=3, prediction_type="flow", sample_size=14),
+        "latent_embedder": tiny_embedder(in_channels=1, sample_size=14, patch_size=7, output_patch_size=2),
+    }
+    torch.nn.init.zeros_(models["latent_embedder"].to_codes.weight)
+    tiny_pipeline(**models).save_pretrained(tmp_path / "pipeline")
+    train(tmp_path / "pipeline", digits, tmp_path / "run", "--max_train_steps", 2, status=2)
+    assert "codes do not vary" in capsys.readouterr().err
+
+
+def test_the_distance_to_the_nearest():
+    training = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    codes = torch.tensor([[0.0, 1.0], [3.0, 4.0], [6.0, 8.0]])
+    assert nearest_distance(codes, training) == pytest.approx(1.0)
