@@ -27,6 +27,7 @@ from diffusers_dod.training.flops import transformer_flops
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 CODE_STEPS = 30
+LABELS = {"class-only": "24 steps", "DoD": "12 + 12", "narrow codes": "12 steps", "wide codes": "12 steps"}
 
 
 class Results:
@@ -182,10 +183,13 @@ def plot(studies: list[Results], path: Path) -> None:
                     if name == "DoD"
                     else setting.code_guidance == 1.0 and len(setting.steps) == 1
                 )
+                shown = shown and setting.guidance != (2.0, 1.25)
                 if setting.source != "real" and shown and setting.steps[0] != 2 * STAGE or name == "class-only":
                     points[setting.guidance[-1]] = results.mean(name, str(setting), "fd")
-            axes.plot(*zip(*sorted(points.items())), marker="o", label=name)
+            axes.plot(*zip(*sorted(points.items())), marker="o", label=f"{name}, {LABELS[name]}")
         axes.set(title=results.name, xlabel="guidance of the last stage", ylabel="FD, classifier", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
