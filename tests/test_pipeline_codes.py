@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
@@ -224,3 +225,36 @@ def test_x_prediction_is_the_velocity_that_a_clean_sample_implies():
         tiny_transformer(prediction_type="epsilon", x_prediction=True)
     with pytest.raises(ValueError, match="`x_prediction` needs"):
         tiny_transformer(prediction_type="flow", x_prediction=True, out_channels=8)
+
+
+def test_a_lora_of_the_transformer_leaves_the_code_model_alone(tmp_path):
+    pipe = tiny_coded_pipeline()
+    plain = sample(pipe)
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora)
+    adapted = sample(pipe)
+    assert torch.equal(adapted.codes, plain.codes) and (adapted.images - plain.images).abs().max() > 1e-4
+    DoDPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    fresh = tiny_coded_pipeline()
+    fresh.load_lora_weights(tmp_path)
+    torch.testing.assert_close(sample(fresh).images, adapted.images, atol=1e-5, rtol=1e-5)
+    fresh.unload_lora_weights()
+    assert torch.equal(sample(fresh).images, plain.images)
+
+
+def test_a_user_s_picture_is_the_prior_though_there_is_a_code_model():
+    pipe, picture = tiny_coded_pipeline(), torch.randn(1, 4, 8, 8)
+    plain = tiny_pipeline(latent_embedder=pipe.latent_embedder)
+    assert torch.equal(sample(pipe, image=picture).images, sample(plain, image=picture).images)
+    assert torch.equal(sample(pipe, image=picture, num_stages=3).images, sample(plain, image=picture, num_stages=3).images)
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_the_code_model_has_a_scheduler_of_its_own(scheduler):
+    options = {} if scheduler.startswith("Flow") else {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipe = tiny_coded_pipeline(code_scheduler=getattr(diffusers, scheduler)(**options))
+    output = sample(pipe)
+    assert output.codes.isfinite().all() and not torch.equal(output.codes, sample(tiny_coded_pipeline()).codes)
+    assert torch.equal(sample(pipe, codes=output.codes).codes, output.codes)
+    with pytest.raises(ValueError, match="The transformer predicts 'flow' but DDIMScheduler reads 'epsilon'"):
+        sample(tiny_coded_pipeline(code_scheduler=diffusers.DDIMScheduler()))

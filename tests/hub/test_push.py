@@ -14,7 +14,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -521,3 +521,31 @@ def test_what_an_earlier_push_left_goes_with_the_one_commit(hub, tmp_path):
     files = hub.files("user/old")
     assert {path: path not in files for path in OLD} == OLD
     assert json.loads(files["model_index.json"])["vae"] == [None, None]
+
+
+def test_a_code_model_goes_along_and_away(hub, tmp_path):
+    """Pushed with its code, loaded by the package and by diffusers alone; a push without one deletes it."""
+    pipe = tiny_coded_pipeline()
+    pipe.save_pretrained(tmp_path / "coded")
+    images = sample_here(pipe)
+    np.save(tmp_path / "images.npy", images)
+    assert push(hub, tmp_path, tmp_path / "coded", "user/coded", "--license", "mit").returncode == 0
+    files = hub.files("user/coded")
+    assert {"code_transformer/transformer_dod.py", "code_scheduler/scheduler_config.json"} <= set(files)
+    assert "| code model | " in files["README.md"].decode() and "num_stages" not in files["README.md"].decode()
+    code = f"""
+        from diffusers import DiffusionPipeline
+        pipe = DiffusionPipeline.from_pretrained("user/coded", trust_remote_code=True)
+        assert numpy.array_equal(sample(pipe), numpy.load({str(tmp_path / "images.npy")!r}))
+    """
+    run_code(hub, tmp_path / "home", WITHOUT_PACKAGE + textwrap.dedent(code))
+    code = f"""
+        from diffusers_dod import DoDPipeline
+        pipe = DoDPipeline.from_pretrained("user/coded")
+        assert pipe.code_transformer is not None
+        assert numpy.array_equal(sample(pipe), numpy.load({str(tmp_path / "images.npy")!r}))
+    """
+    run_code(hub, tmp_path / "home", code)
+    tiny_pipeline().save_pretrained(tmp_path / "plain")
+    assert push(hub, tmp_path, tmp_path / "plain", "user/coded", "--license", "mit").returncode == 0
+    assert not any(path.startswith("code_") for path in hub.files("user/coded"))
