@@ -64,9 +64,25 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
 
 
+def check_sizes(least: int = 1, **sizes: Any) -> None:
+    """Integers of at least `least`, for constructors; a pair of them is a size too."""
+    for name, value in sizes.items():
+        values = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+        if not all(is_count(each, least) for each in values):
+            raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
+
+
+def check_numbers(above: float | None = None, **numbers: Any) -> None:
+    """Finite numbers, above a bound if there is one, for constructors."""
+    for name, value in numbers.items():
+        if not is_finite(value) or (above is not None and value <= above):
+            bound = "" if above is None else f" above {above:g}"
+            raise ValueError(f"`{name}` is {value!r}; it must be a finite number{bound}.")
+
+
 def check_generator(generator: Any, batch_size: int) -> None:
-    generators = generator if isinstance(generator, list) else [generator]
-    if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(each, torch.Generator) for each in generators):
         raise ValueError("`generator` must be a torch.Generator or a list of them, such as torch.manual_seed(0).")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
@@ -79,5 +95,16 @@ def check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if not torch.is_tensor(value) or tuple(value.shape) != shape:
         given = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
         raise ValueError(f"`{name}` is {given}; for these arguments it must be a tensor of {shape}.")
+    if not value.is_floating_point() or value.is_meta:
+        raise ValueError(f"`{name}` is {value.dtype} on {value.device}; it must hold floating-point numbers.")
     if not torch.isfinite(value).all():
         raise ValueError(f"`{name}` holds NaN or infinite values.")
+
+
+def check_sample(sample: torch.Tensor, scheduler: Any) -> None:
+    """A result is looked at: NaN would become a black picture without a word."""
+    if not torch.isfinite(sample).all():
+        raise ValueError(
+            f"The sample holds NaN or infinite values: {type(scheduler).__name__} diverged. Lower `guidance_scale`, take more "
+            "steps, leave out `use_karras_sigmas`, or use another scheduler; in float16, try bfloat16."
+        )

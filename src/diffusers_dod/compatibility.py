@@ -107,6 +107,11 @@ def check_scheduler(scheduler: type, config: Mapping[str, Any], transformer: Any
     Raises:
         ValueError: with a scheduler that fits.
     """
+    if scheduler_entries(scheduler, config).get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{scheduler.__name__} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not "
+            "give: make it with `use_dynamic_shifting=False` and a fixed `shift`."
+        )
     name, reads, predicts = scheduler.__name__, scheduler_reads(scheduler, config), transformer.prediction_type
     if predicts not in (None, reads):
         fitting = (

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from .arguments import check_numbers, check_sizes
 from .layers import DoDRotaryEmbedding, DoDViTBlock, initialize_linear_xavier, patchify
 
 
@@ -79,6 +80,18 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         codes_std: list[float] | None = None,
     ):
         super().__init__()
+        check_sizes(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            bottleneck_dim=bottleneck_dim,
+            output_dim=output_dim,
+            output_patch_size=patch_size if output_patch_size is None else output_patch_size,
+        )
+        check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
+        check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta)
         for name, values in (("codes_mean", codes_mean), ("codes_std", codes_std)):
             if values is not None and len(values) != bottleneck_dim:
                 raise ValueError(f"`{name}` has {len(values)} entries for a `bottleneck_dim` of {bottleneck_dim}.")

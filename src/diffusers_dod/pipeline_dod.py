@@ -22,6 +22,7 @@ from .arguments import (
     check_generator,
     check_intervals,
     check_per_stage,
+    check_sample,
     check_scales,
     check_steps,
     check_tensor,
@@ -408,6 +409,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         """Samples of a stage in the form that `output_type` names."""
         if output_type == "latent":
             return latents
+        check_sample(latents, self.scheduler)
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
     @torch.no_grad()

@@ -13,13 +13,16 @@ it takes the models' classes from beside itself, whatever module the index names
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import safe_open
 
 
 INDEX_NAME = "model_index.json"
@@ -150,20 +153,49 @@ def download_snapshot(
     return str(folder)
 
 
-def check_weights(folder: str, passed_components: set[str], source: str) -> None:
-    """Refuses models whose weights are not safetensors.
+def check_weights(folder: str, passed_components: set[str], source: str, variant: str | None = None) -> None:
+    """Refuses models whose weights are not safetensors, and our own models whose weights lack a tensor.
+
+    diffusers would fill a missing tensor at random, with a line in the log.
 
     Raises:
         ValueError: naming the component.
     """
     for config in sorted(Path(folder).glob("*/config.json")):
         component = config.parent
-        if component.name not in passed_components and not any(component.glob("*.safetensors")):
+        if component.name in passed_components:
+            continue
+        if not any(component.glob("*.safetensors")):
             raise ValueError(
                 f"{source} has no safetensors weights for `{component.name}`. Pickled ones (.bin, .pt, .ckpt) can run "
                 "code when they are read, so they are not loaded: ask the author for safetensors, or, if you trust the "
                 "files, download them, load the folder with `use_safetensors=False` and save it again."
             )
+        values = json.loads(config.read_text(encoding="utf-8"))
+        name = values.get("_class_name")
+        if name not in MODEL_FILES or "quantization_config" in values:
+            continue
+        package = __name__.rpartition(".")[0]
+        model_class = getattr(importlib.import_module(f"{package}.{MODEL_FILES[name]}"), name)
+        with torch.device("meta"):
+            expected = set(model_class.from_config(values).state_dict())
+        missing = sorted(expected - _tensor_names(component, variant))
+        if missing:
+            raise ValueError(
+                f"{source}: the weights of `{component.name}` lack {missing[0]} ({len(missing)} of {len(expected)} tensors "
+                "are missing): the folder is incomplete or not of this model."
+            )
+
+
+def _tensor_names(component: Path, variant: str | None) -> set[str]:
+    """Names of the tensors in the files of a variant, or of the default one where it is not there."""
+    of_variant = list(component.glob(f"*.{variant}[.-]*")) if variant is not None else []
+    names: set[str] = set()
+    for file in of_variant or [file for file in component.glob("*.safetensors") if file.name.count(".") == 1]:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                names |= set(weights.keys())
+    return names
 
 
 class DoDRepositoryMixin:
@@ -189,10 +221,30 @@ class DoDRepositoryMixin:
         kwargs.pop("trust_remote_code", None)
         folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
         if kwargs.setdefault("use_safetensors", True):
-            check_weights(folder, set(kwargs), source)
+            check_weights(folder, set(kwargs), source, kwargs.get("variant"))
         pipeline = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
         pipeline.register_to_config(_name_or_path=source)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, torch_dtype: Any = None, **components: Any) -> Any:
+        """A pipeline with the components and labels of another, as diffusers' own pipelines have it.
+
+        Args:
+            pipeline: any pipeline with a DoD pipeline's components.
+            torch_dtype (`torch.dtype`, *optional*): to which the shared models are brought.
+            components: those that take the place of the other pipeline's.
+
+        Raises:
+            ValueError: for a component that a DoD pipeline does not have.
+        """
+        expected = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+        if unknown := sorted(set(components) - expected):
+            raise ValueError(f"{cls.__name__} has no component {unknown[0]!r}; it has {', '.join(sorted(expected))}.")
+        shared = {name: part for name, part in pipeline.components.items() if name in expected}
+        labels = {"id2label": pipeline.config.get("id2label")}
+        new = cls(**{**labels, **shared, **components})
+        return new if torch_dtype is None else new.to(dtype=torch_dtype)  # type: ignore[attr-defined]
 
     # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
     # package that does not; overriding it and `load_config` changes nothing outside this class.

@@ -16,6 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
+from .arguments import check_numbers, check_sizes
 from .layers import (
     NORM_EPS,
     DoDRotaryEmbedding,
@@ -148,6 +149,20 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         ):
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
+        check_sizes(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=in_channels if out_channels is None else out_channels,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            adaln_rank=1 if adaln_rank is None else adaln_rank,
+            base_size=base_size,
+        )
+        check_sizes(0, num_classes=num_classes, freq_shift=freq_shift)
+        check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, ff_norm_eps=ff_norm_eps)
+        check_numbers(timestep_scale=timestep_scale, timestep_offset=timestep_offset)
         self.out_channels = in_channels if out_channels is None else out_channels
         if x_prediction and (prediction_type != "flow" or self.out_channels != in_channels):
             raise ValueError("`x_prediction` needs `prediction_type='flow'` and no `out_channels` of its own.")

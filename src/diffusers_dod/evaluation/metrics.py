@@ -17,6 +17,13 @@ class FeatureStatistics(NamedTuple):
     covariance: torch.Tensor
 
 
+def check_features(*features: torch.Tensor) -> None:
+    """Refuses features that are not finite, of which no figure would mean anything."""
+    for values in features:
+        if not torch.isfinite(values).all():
+            raise ValueError("The features hold NaN or infinite values: look at the images and the extractor.")
+
+
 def feature_statistics(features: torch.Tensor) -> FeatureStatistics:
     """Statistics of `(samples, channels)`, the covariance with `samples - 1` in the denominator, as ADM's.
 
@@ -25,6 +32,7 @@ def feature_statistics(features: torch.Tensor) -> FeatureStatistics:
     """
     if len(features) < 2:
         raise ValueError(f"{len(features)} sample has no covariance: evaluate at least 2.")
+    check_features(features)
     features = features.double()
     return FeatureStatistics(features.mean(dim=0), torch.cov(features.T).reshape(features.shape[1], -1))
 
@@ -72,6 +80,7 @@ def kernel_distance(
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    check_features(samples, reference)
     size = min(subset_size, len(samples), len(reference))
     metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=subsets, subset_size=size)
     metric.update(reference.double(), real=True)
@@ -86,6 +95,9 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> tu
     """Inception Score (Salimans et al. 2016, arXiv 1606.03498) of class logits `(samples, classes)`: mean and std of splits."""
     from torchmetrics.image.inception import InceptionScore
 
+    check_features(logits)
+    if len(logits) < splits:
+        raise ValueError(f"{len(logits)} samples cannot be split into {splits} parts: evaluate more.")
     metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
@@ -120,6 +132,7 @@ def precision_recall(
         k (`int`): neighbours.
         chunk (`int`): rows of the distance matrix that are in memory at a time.
     """
+    check_features(samples, reference)
     samples, reference = samples.float(), reference.float()
     precision = _is_covered(samples, reference, _radii(reference, k, chunk), chunk)
     recall = _is_covered(reference, samples, _radii(samples, k, chunk), chunk)
@@ -133,6 +146,7 @@ def density_coverage(
 
     The arguments are [`precision_recall`]'s.
     """
+    check_features(samples, reference)
     samples, reference = samples.float(), reference.float()
     radii = _radii(reference, k, chunk)
     inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)

@@ -1,0 +1,187 @@
+"""Nonsense is refused in one line that names it: constructors, calls, schedulers, results, folders."""
+
+import json
+import math
+
+import diffusers
+import pytest
+import torch
+from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer
+from safetensors.torch import load_file, save_file
+
+from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
+from diffusers_dod.evaluation import metrics
+
+
+NONSENSE = [
+    *({"num_layers": value} for value in (0, -3, 1.5, "two", True, None)),
+    *({"num_attention_heads": value} for value in (0, -2, 2.0)),
+    *({"attention_head_dim": value} for value in (0, -8, 6)),
+    *({"patch_size": value} for value in (0, -1, 2.0, [2])),
+    *({"sample_size": value} for value in (0, -8, 8.0, (8, 0), (8, 8, 8), "large")),
+    *({"in_channels": value} for value in (0, -4)),
+    *({"out_channels": value} for value in (0, -4)),
+    *({"num_classes": value} for value in (-1, 2.5)),
+    *({"adaln_rank": value} for value in (0, -1)),
+    *({name: value} for name in ("mlp_ratio", "rope_theta", "ff_norm_eps") for value in (0, -1.0, math.nan, math.inf)),
+    *({name: value} for name in ("timestep_scale", "timestep_offset") for value in (math.nan, math.inf, "1")),
+    *({name: "nonsense"} for name in ("prediction_type", "pos_embed_type", "activation_fn", "qk_norm", "adaln_type")),
+]
+EMBEDDER_NAMES = ("patch_size", "sample_size", "in_channels", "num_attention_heads", "attention_head_dim", "mlp_ratio")
+
+
+@pytest.mark.parametrize("values", NONSENSE, ids=str)
+def test_constructors_refuse_nonsense_by_name(values):
+    config = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 3}
+    (name,) = values
+    with pytest.raises(ValueError, match=f"`{name}` is|width is") as error:
+        DoDTransformer2DModel(**config | values)
+    assert "\n" not in str(error.value)
+    if name in EMBEDDER_NAMES:
+        config = {"sample_size": 8, "num_encoder_layers": 1, "num_decoder_layers": 1, "output_dim": 16}
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            DoDLatentEmbedder(**config | {"num_attention_heads": 2, "attention_head_dim": 8} | values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bottleneck_dim": 0},
+        {"output_dim": -16},
+        {"output_patch_size": 0},
+        {"num_encoder_layers": -1},
+        {"rope_theta": 0},
+    ],
+    ids=str,
+)
+def test_the_embedder_s_own_sizes(values):
+    with pytest.raises(ValueError, match=f"`{next(iter(values))}` is"):
+        tiny_embedder(**values)
+    tiny_embedder(num_encoder_layers=0, num_decoder_layers=0)
+
+
+CALLS = [
+    *({"generator": value} for value in (7, (torch.Generator(),), [7], [None], "seed", torch.tensor(3))),
+    *({name: value} for name in ("height", "width") for value in (8.0, "8", -8, 0, True, 7)),
+    *(
+        {"latents": value}
+        for value in (torch.zeros(1, 4, 8, 8, dtype=torch.complex64), torch.zeros(1, 4, 8, 8).bool())
+    ),
+    *({"latents": value} for value in (torch.zeros(1, 4, 8, 8, device="meta"), [1.0], torch.zeros(4, 8, 8))),
+    *({"guidance_scale": value} for value in (math.nan, math.inf, "strong", True, [1.0, True])),
+    *({"num_inference_steps": value} for value in (0, 2.0, "few", [2, None], True)),
+    *({"num_stages": value} for value in (0, -1, 1.5, True, "two")),
+    *({"guidance_interval": value} for value in ((0.5, 0.2), (0, 2), (math.nan, 1), 0.5, "all")),
+    {"output_type": "jpg"},
+    {"prior_source": "image"},
+    {"callback_on_step_end_tensor_inputs": ["noise"]},
+]
+
+
+@pytest.mark.parametrize(
+    "options", CALLS, ids=lambda options: f"{next(iter(options))}={next(iter(options.values()))!r}"[:60]
+)
+def test_calls_refuse_nonsense_by_name(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"`{name}`|multiples of|generators for") as error:
+        tiny_pipeline()([1], **{"num_inference_steps": 1} | options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("class_id", [10, 99, -1])
+def test_a_name_of_a_class_that_the_model_lacks_is_refused(class_id):
+    pipe = tiny_pipeline(id2label={0: "cat", class_id: "ghost"})
+    with pytest.raises(ValueError, match=f"'ghost' names class {class_id}, but the model has 10 classes"):
+        pipe("ghost", num_inference_steps=1)
+    assert pipe("cat", num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", use_karras_sigmas=True
+        ),
+        diffusers.DEISMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", use_karras_sigmas=True
+        ),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_sample_that_diverged_is_an_error_and_no_black_picture(scheduler, output_type):
+    pipe = tiny_pipeline(scheduler=scheduler, channels=3)
+    with pytest.raises(ValueError, match=f"NaN or infinite values: {type(scheduler).__name__} diverged"):
+        pipe([1], num_inference_steps=6, output_type=output_type)
+
+
+def test_huge_guidance_diverges_aloud():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler diverged. Lower `guidance_scale`"):
+        tiny_pipeline(channels=3)([1], num_inference_steps=4, guidance_scale=1e38, guidance_interval=(0, 1))
+
+
+@pytest.mark.parametrize("where", ["scheduler", "code_scheduler"])
+def test_dynamic_shifting_is_refused_before_anything_is_drawn(where):
+    pipe = tiny_coded_pipeline(**{where: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)})
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False` and a fixed `shift`"):
+        pipe([1], num_inference_steps=1)
+
+
+def test_from_pipe_shares_models_and_labels():
+    pipe = tiny_coded_pipeline(id2label={0: "cat", 1: "dog"})
+    other = DoDPipeline.from_pipe(pipe)
+    assert other is not pipe and all(other.components[name] is part for name, part in pipe.components.items())
+    assert other.labels == pipe.labels
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    assert DoDPipeline.from_pipe(pipe, scheduler=scheduler, code_transformer=None).scheduler is scheduler
+    assert DoDPipeline.from_pipe(tiny_pipeline(), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="has no component 'unet'"):
+        DoDPipeline.from_pipe(pipe, unet=None)
+
+
+@pytest.mark.parametrize("component", ["transformer", "latent_embedder", "code_transformer"])
+def test_a_folder_whose_weights_lack_a_tensor_is_refused(component, tmp_path):
+    tiny_coded_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / component / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[len(weights) // 2]
+    weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"the weights of `{component}` lack {name}"):
+        DoDPipeline.from_pretrained(tmp_path)
+    # One that is at hand is not looked at.
+    given = getattr(tiny_coded_pipeline(), component)
+    assert getattr(DoDPipeline.from_pretrained(tmp_path, **{component: given}), component) is given
+
+
+def test_weights_in_shards_and_variants_are_whole(tmp_path):
+    pipe = tiny_pipeline(transformer=tiny_transformer(in_channels=4, num_layers=4))
+    pipe.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded/transformer").glob("*.safetensors"))) > 1
+    DoDPipeline.from_pretrained(tmp_path / "sharded")
+    pipe.save_pretrained(tmp_path / "variant", variant="fp16")
+    DoDPipeline.from_pretrained(tmp_path / "variant", variant="fp16")
+    index = json.loads((tmp_path / "sharded/model_index.json").read_text())
+    assert index["transformer"][1] == "DoDTransformer2DModel"
+
+
+NAN, FINE = torch.full((40, 4), math.nan), torch.randn(40, 4)
+ONE_BAD = torch.where(torch.arange(40)[:, None] == 7, math.inf, FINE)
+
+
+@pytest.mark.parametrize("bad", [NAN, ONE_BAD, -ONE_BAD], ids=["NaN", "one infinite", "one minus infinite"])
+@pytest.mark.parametrize("name", ["precision_recall", "density_coverage", "kernel_distance"])
+def test_metrics_of_features_that_are_not_finite_are_refused(name, bad):
+    for pair in ((bad, FINE), (FINE, bad)):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            getattr(metrics, name)(*pair)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        metrics.feature_statistics(bad)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        metrics.inception_score(bad)
+
+
+@pytest.mark.parametrize("count, splits", [(3, 10), (9, 10), (1, 2)])
+def test_a_score_of_fewer_samples_than_splits_is_refused(count, splits):
+    with pytest.raises(ValueError, match=f"{count} samples cannot be split into {splits} parts"):
+        metrics.inception_score(FINE[:count], splits=splits)
