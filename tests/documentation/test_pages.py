@@ -45,8 +45,6 @@ REPLACED = [
     ),
     ("study/run_study.py", "study/run_study.py --help", "hours; test_study.py runs its parts"),
     ("study/report.py", "study/report.py --help", "reads what the study wrote"),
-    ("study/draw_samples.py", "study/draw_samples.py --help", "the same"),
-    ("study/keep_model.py", "study/keep_model.py --help", "the same"),
     ("make release-check", "make --dry-run release-check", "minutes of installing; .ci/run runs it"),
     ("make diffusers-tests", "make --dry-run diffusers-tests", "needs a checkout of diffusers"),
     ("apt-get install", "true", "needs the network"),
