@@ -66,6 +66,7 @@ REPLACED = [
 CUT = [
     ("examples/quickstart.py", ["--minutes", "0.01", "--num_samples", "20"], "size"),
     ("diffusers_dod train", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
+    ("diffusers_dod train-codes", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
     ("diffusers_dod train --repa_encoder", ["--repa_layer", "1"], "of one layer"),
     ("diffusers_dod train --recipe", ["--validation_steps", "0"], "size"),
