@@ -246,10 +246,14 @@ def test_a_user_s_picture_is_the_prior_though_there_is_a_code_model():
     pipe, picture = tiny_coded_pipeline(), torch.randn(1, 4, 8, 8)
     plain = tiny_pipeline(latent_embedder=pipe.latent_embedder)
     assert torch.equal(sample(pipe, image=picture).images, sample(plain, image=picture).images)
-    assert torch.equal(sample(pipe, image=picture, num_stages=3).images, sample(plain, image=picture, num_stages=3).images)
+    assert torch.equal(
+        sample(pipe, image=picture, num_stages=3).images, sample(plain, image=picture, num_stages=3).images
+    )
 
 
-@pytest.mark.parametrize("scheduler", ["FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"]
+)
 def test_the_code_model_has_a_scheduler_of_its_own(scheduler):
     options = {} if scheduler.startswith("Flow") else {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     pipe = tiny_coded_pipeline(code_scheduler=getattr(diffusers, scheduler)(**options))
