@@ -27,6 +27,8 @@ NOISE_SCHEDULERS = {
     )
 }
 SCHEDULERS = FLOW_SCHEDULERS | NOISE_SCHEDULERS
+# What the pipeline does where nothing is said
+DEFAULT_GUIDANCE = {"scale": [1.5, 1.25], "interval": (0.25, 0.75)}
 # AutoencoderRAE came after diffusers 0.36, the oldest version supported.
 AUTOENCODERS = ["kl", "tiny", "dc", "pixels-3", "pixels-1"] + ["rae"] * hasattr(diffusers, "AutoencoderRAE")
 
@@ -167,7 +169,7 @@ def test_scheduler_is_swapped_by_from_config(source):
         lambda: diffusers.UniPCMultistepScheduler.from_config(make_scheduler(source).config),
         [0],
         torch.Generator().manual_seed(0),
-        interval=(0.25, 0.75),
+        **DEFAULT_GUIDANCE,
     )[-1]
     assert_same(sample, expected)
 
@@ -192,7 +194,7 @@ def test_learned_variance_is_ignored(name):
         [1, 2], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent"
     ).images
     expected = plain_sample(
-        pipe, getattr(diffusers, name), [1, 2], torch.Generator().manual_seed(0), interval=(0.25, 0.75)
+        pipe, getattr(diffusers, name), [1, 2], torch.Generator().manual_seed(0), **DEFAULT_GUIDANCE
     )[-1]
     assert_same(sample, expected)
 

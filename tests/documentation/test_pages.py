@@ -45,8 +45,6 @@ REPLACED = [
     ),
     ("study/run_study.py", "study/run_study.py --help", "hours; test_study.py runs its parts"),
     ("study/report.py", "study/report.py --help", "reads what the study wrote"),
-    ("study/draw_samples.py", "study/draw_samples.py --help", "the same"),
-    ("study/keep_model.py", "study/keep_model.py --help", "the same"),
     ("make release-check", "make --dry-run release-check", "minutes of installing; .ci/run runs it"),
     ("make diffusers-tests", "make --dry-run diffusers-tests", "needs a checkout of diffusers"),
     ("apt-get install", "true", "needs the network"),
@@ -68,6 +66,7 @@ REPLACED = [
 CUT = [
     ("examples/quickstart.py", ["--minutes", "0.01", "--num_samples", "20"], "size"),
     ("diffusers_dod train", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
+    ("diffusers_dod train-codes", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
     ("diffusers_dod train --repa_encoder", ["--repa_layer", "1"], "of one layer"),
     ("diffusers_dod train --recipe", ["--validation_steps", "0"], "size"),
