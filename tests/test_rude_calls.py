@@ -14,7 +14,7 @@ from diffusers_dod.evaluation import metrics
 
 
 NONSENSE = [
-    *({"num_layers": value} for value in (0, -3, 1.5, "two", True, None)),
+    *({"num_layers": value} for value in (-1, -3, 1.5, "two", True, None)),
     *({"num_attention_heads": value} for value in (0, -2, 2.0)),
     *({"attention_head_dim": value} for value in (0, -8, 6)),
     *({"patch_size": value} for value in (0, -1, 2.0, [2])),

@@ -154,13 +154,12 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=in_channels if out_channels is None else out_channels,
-            num_layers=num_layers,
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
             adaln_rank=1 if adaln_rank is None else adaln_rank,
             base_size=base_size,
         )
-        check_sizes(0, num_classes=num_classes, freq_shift=freq_shift)
+        check_sizes(0, num_layers=num_layers, num_classes=num_classes, freq_shift=freq_shift)
         check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, ff_norm_eps=ff_norm_eps)
         check_numbers(timestep_scale=timestep_scale, timestep_offset=timestep_offset)
         self.out_channels = in_channels if out_channels is None else out_channels
