@@ -8,16 +8,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 
-from ..cli import CommandError
+from ..cli import CommandError, first_line
+from ..files import file_sha256
 from .averaging import WeightAverages, fill_tensors, full_tensors
+from .guard import StepGuard
 from .results import CONFIG_NAME
 
 
+logger = get_logger(__name__, log_level="INFO")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 AVERAGES_NAME = "averages.json"
+GUARD_NAME = "guard.json"
+CHECKSUMS_NAME = "checksums.json"
 
 
 class CheckpointNotWritten(CommandError):
@@ -30,10 +36,36 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint but its checksums, by their names within it."""
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir() and path.name != CHECKSUMS_NAME)
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the SHA-256 sum of every file of a checkpoint."""
+    sums = {name: file_sha256(path) for name, path in _files(folder).items()}
+    (folder / CHECKSUMS_NAME).write_text(json.dumps(sums, indent=1))
+
+
+def what_is_damaged(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used: a file that is missing, foreign or differs; `None` for a whole one."""
+    try:
+        sums, files = json.loads((folder / CHECKSUMS_NAME).read_text()), _files(folder)
+        for name in sorted(sums.keys() | files.keys()):
+            if name not in sums or name not in files:
+                return f"{name} is {'missing' if name in sums else 'not its own'}"
+            if file_sha256(files[name]) != sums[name]:
+                return f"{name} differs from its checksum"
+        return None if CONFIG_NAME in sums else f"{CONFIG_NAME} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS_NAME}: {first_line(error)}"
+
+
 def find_checkpoint(
     resume_from: str, output_dir: str | Path, config: dict, free_keys: Collection[str]
 ) -> tuple[Path | None, int]:
-    """The checkpoint that a run resumes from.
+    """The checkpoint that a run resumes from: the given one, or the last one that is whole.
 
     Args:
         resume_from (`str`): a checkpoint, or `"auto"` for the last of `output_dir`, if it has any.
@@ -45,17 +77,28 @@ def find_checkpoint(
         the checkpoint and its step; `(None, 0)` for a new run.
 
     Raises:
-        ValueError: if the folder is missing, not a checkpoint, or of a run with another configuration.
+        ValueError: if the folder is missing, not a checkpoint, damaged, or of a run with another configuration.
     """
     existing = list_checkpoints(output_dir)
     if resume_from == "auto" and not existing:
         return None, 0
-    checkpoint = existing[-1] if resume_from == "auto" else Path(resume_from)
+    if resume_from == "auto":
+        for checkpoint in reversed(existing):
+            damage = what_is_damaged(checkpoint)
+            if damage is None:
+                break
+            logger.warning(f"{checkpoint} is damaged ({damage}) and is passed over.")
+        else:
+            raise ValueError(f"no checkpoint of {output_dir} is whole: delete them to start anew")
+    else:
+        checkpoint = Path(resume_from)
     try:
         saved = json.loads((checkpoint / CONFIG_NAME).read_text())
         step = saved.pop("step")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is missing or not a checkpoint of this trainer (no {CONFIG_NAME}).") from error
+    if resume_from != "auto" and (damage := what_is_damaged(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint} is damaged ({damage}): name an older one")
     differing = [
         f"{key} ({str(saved.get(key))[:60]} there, {str(config.get(key))[:60]} here)"
         for key in sorted(saved.keys() | config.keys())
@@ -142,6 +185,7 @@ def save_checkpoint(
     output_dir: str | Path,
     step: int,
     config: dict,
+    guard: StepGuard,
     total_limit: int | None = None,
     process_state: dict | None = None,
 ) -> None:
@@ -152,6 +196,7 @@ def save_checkpoint(
         output_dir (`str`): folder of the run.
         step (`int`): optimisation steps done.
         config (`dict`): configuration of the run, which [`find_checkpoint`] compares.
+        guard ([`StepGuard`]): whose counts are kept.
         total_limit (`int`, *optional*): checkpoints to keep, this one included.
         process_state (`dict`, *optional*): what this process needs beside it, for [`load_process_state`].
 
@@ -166,10 +211,12 @@ def save_checkpoint(
         if process_state is not None:
             Path(unfinished, f"process_state_{accelerator.process_index}.json").write_text(json.dumps(process_state))
         if is_main:
+            (unfinished / GUARD_NAME).write_text(json.dumps(guard.state_dict()))
             (unfinished / CONFIG_NAME).write_text(json.dumps({**config, "step": step}, indent=2))
 
     def flush() -> None:
         if is_main:
+            write_checksums(unfinished)
             _flush(unfinished)
 
     if is_main:
@@ -212,3 +259,8 @@ def save_checkpoint(
 def load_process_state(accelerator: Accelerator, checkpoint: Path) -> dict:
     """What this process gave to [`save_checkpoint`]."""
     return json.loads((checkpoint / f"process_state_{accelerator.process_index}.json").read_text())
+
+
+def load_guard(guard: StepGuard, checkpoint: Path) -> None:
+    """Gives a guard the counts that [`save_checkpoint`] kept. accelerate would keep them as a pickle."""
+    guard.load_state_dict(json.loads((checkpoint / GUARD_NAME).read_text()))

@@ -21,6 +21,8 @@ class StepGuard:
         warmup (`int`): good steps before spikes are looked for; the mean's memory is as long.
     """
 
+    STATE = ("mean", "steps", "skipped", "in_a_row")
+
     def __init__(self, spike_factor: float | None = None, max_skipped: int = 10, warmup: int = 100):
         self.spike_factor, self.max_skipped, self.warmup = spike_factor, max_skipped, warmup
         self.mean, self.steps, self.skipped, self.in_a_row = 0.0, 0, 0, 0
@@ -49,7 +51,8 @@ class StepGuard:
         return self.in_a_row > self.max_skipped
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("mean", "steps", "skipped", "in_a_row")}
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        self.__dict__.update(state)
+        for name in self.STATE:
+            setattr(self, name, state[name])

@@ -37,6 +37,7 @@ from .build import (
 from .checkpoints import (
     CheckpointNotWritten,
     find_checkpoint,
+    load_guard,
     load_process_state,
     register_model_hooks,
     save_checkpoint,
@@ -114,12 +115,12 @@ def train(
         averages = WeightAverages(trained, args.ema_decay)
     register_model_hooks(accelerator, models | ({} if repa is None else {"repa_projector": projector}), averages)
     guard = StepGuard(args.spike_factor, args.max_skipped_steps)
-    accelerator.register_for_checkpointing(guard)
 
     # 4. From where, and what watches it
     stream_state = None
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        load_guard(guard, checkpoint)
         if args.streaming:
             stream_state = load_process_state(accelerator, checkpoint)["stream"]
         accelerator.print(f"Resuming from {checkpoint}.")
@@ -140,7 +141,7 @@ def train(
     def save() -> None:
         nonlocal saved
         state = {"stream": stream_state} if args.streaming else None
-        save_checkpoint(accelerator, args.output_dir, step, config, args.checkpoints_total_limit, state)
+        save_checkpoint(accelerator, args.output_dir, step, config, guard, args.checkpoints_total_limit, state)
         saved = step
 
     with StopRequest() as stop:

@@ -178,8 +178,10 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
     """A recipe as the flags that it stands for, so that both are checked alike."""
     import yaml
 
+    from .recipes import load_recipe
+
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = load_recipe(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"--recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(recipe or {}, dict):

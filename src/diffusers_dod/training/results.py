@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from ..cli import BadInput
+from ..cli import BadInput, first_line
 from ..files import write_json
 from ..hub.push import find_stage_grid
 from ..pipeline_dod import DoDPipeline
@@ -77,7 +77,12 @@ def begin_run(output_dir: str, config: dict[str, Any]) -> None:
 def finished_steps(output_dir: str) -> int | None:
     """The step whose pipeline the folder holds, if its run has come to an end."""
     path = Path(output_dir, CONFIG_NAME)
-    return json.loads(path.read_text(encoding="utf-8")).get("step") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("step")
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged ({first_line(error)}): delete it, and the run resumes") from error
 
 
 def save_result(pipeline: DoDPipeline, output_dir: str, config: dict[str, Any]) -> None:

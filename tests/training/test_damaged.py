@@ -1,0 +1,132 @@
+"""A damaged last checkpoint is named and the older whole one is used; recipes and records that are broken are one line."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+from training_runs import arguments, assert_equal_tensors, weights, write_digits
+
+from diffusers_dod.cli import BadInput
+from diffusers_dod.training.__main__ import main, train_model
+from diffusers_dod.training.checkpoints import what_is_damaged
+from diffusers_dod.training.recipes import load_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of six steps with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ("--train_data_dir", write_digits(folder / "data"), "--resolution", 14, "--checkpointing_steps", 2)
+    argv = arguments(folder / "run", *options, "--max_train_steps", 6)
+    assert main(argv) == 0
+    return folder / "run", argv
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated weights": lambda folder: truncate(folder / "transformer/diffusion_pytorch_model.safetensors"),
+    "a flipped bit": lambda folder: flip_a_bit(folder / "latent_embedder/diffusion_pytorch_model.safetensors"),
+    "empty optimizer": lambda folder: (folder / "optimizer.bin").write_bytes(b""),
+    "averages gone": lambda folder: (folder / "averages.json").unlink(),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "checksums of a list": lambda folder: (folder / "checksums.json").write_text("[1]"),
+    "broken configuration": lambda folder: (folder / "training_config.json").write_text("{"),
+    "a guard of another": lambda folder: (folder / "guard.json").write_text("{}"),
+    "an empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_older_whole_checkpoint_is_used(run, tmp_path, caplog, name):
+    whole, argv = run
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    damaged = tmp_path / "run" / "checkpoint-4"
+    DAMAGE[name](damaged)
+    assert what_is_damaged(damaged) is not None and what_is_damaged(whole / "checkpoint-4") is None
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    assert main(command) == 0
+    assert any("checkpoint-4 is damaged" in message and "passed over" in message for message in caplog.messages)
+    assert_equal_tensors(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_named_damaged_checkpoint_and_a_run_without_a_whole_one_are_one_line(run, tmp_path, capsys):
+    whole, argv = run
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    flip_a_bit(tmp_path / "run" / "checkpoint-4" / "optimizer.bin")
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "no checkpoint of" in line and "is whole" in line
+    with pytest.raises(BadInput, match="checkpoint-4 is damaged .optimizer.bin differs from its checksum"):
+        train_model([*command, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
+
+
+class Bomb:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (self.file, "w"))
+
+
+def test_nothing_of_a_checkpoint_is_run(run, tmp_path):
+    """No state of ours is a pickle; a checkpoint to which somebody adds one is passed over."""
+    whole, argv = run
+    assert not list((whole / "checkpoint-4").glob("custom_checkpoint*"))
+    for step in (2, 4):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
+    bomb = tmp_path / "run" / "checkpoint-4" / "custom_checkpoint_0.pkl"
+    bomb.write_bytes(pickle.dumps(Bomb(str(tmp_path / "was run"))))
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    assert main(command) == 0
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "", "null", "\x00"])
+def test_a_damaged_record_of_the_run_is_one_line(run, tmp_path, text):
+    whole, argv = run
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_config.json").write_text(text)
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    with pytest.raises(BadInput, match="training_config.json is damaged"):
+        train_model(command)
+
+
+ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (ALIASES, "aliases are not allowed"),
+        ("base: &base {seed: 1}\nother: {<<: *base}\n", "aliases are not allowed"),
+        ("seed: 1\nresolution: 32\nseed: 2\n", "'seed' is given twice"),
+        ("transformer_config: {num_layers: 1, num_layers: 2}\n", "'num_layers' is given twice"),
+        ("- seed\n- 1\n", "must hold options"),
+        ("!!python/object/apply:os.system [true]\n", "cannot be read"),
+    ],
+)
+def test_a_recipe_that_grows_or_repeats_is_one_line(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    argv = arguments(tmp_path / "run", "--train_data_dir", tmp_path, "--recipe", tmp_path / "recipe.yaml")
+    with pytest.raises(BadInput, match=message) as error:
+        train_model(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_recipe_is_what_it_was():
+    text = "seed: 1\ntransformer_config: {patch_size: 4, num_layers: 2}\nema_decay: [0.9, 0.99]\nlearning_rate: 1e-4\n"
+    expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
+    assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
+    assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
