@@ -14,7 +14,7 @@ whole and run in bfloat16. `--rows` takes some groups only:
     bfloat16        bfloat16 autocast against float32
     loop            a step of `diffusers-dod train` against its models' own work, models so small that the rest shows
     cached_loading  the wait for cached latents against the training step
-    import          `import diffusers_dod` after the classes of diffusers that it needs, against importing those
+    import          `DoDPipeline` imported after the classes of diffusers that it needs, against importing those
     loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
     graphs          small batches with CUDA graphs against eager (GPU)
     mfu, throughput utilisation and memory in training, images per second in sampling (GPU)
