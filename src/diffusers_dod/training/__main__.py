@@ -33,9 +33,11 @@ import sys
 
 from ..cli import run
 from .options import parse_args
+from .stopping import note_launcher
 
 
 def train_model(argv: list[str]) -> int:
+    note_launcher()
     args = parse_args(argv, __doc__)
     from .loop import train
 

@@ -9,6 +9,15 @@ from types import FrameType
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
+_launcher: int | None = None
+
+
+def note_launcher() -> None:
+    """Remembers the launcher of this process, if it has one; to be called first of all, for imports take seconds."""
+    global _launcher
+    _launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
+
+
 class StopRequest:
     """Within its context, SIGTERM and SIGINT are remembered instead of obeyed; a second one ends the process.
 
@@ -16,19 +25,18 @@ class StopRequest:
         while not stop.signal:
             ...
 
-    A launcher that ends leaves its processes behind: `signal` is then SIGTERM as well.
+    A launcher that ends leaves its processes behind: `signal` is then SIGTERM as well, see [`note_launcher`].
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
-        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
 
     @property
     def signal(self) -> signal.Signals | None:
         """The signal that asks to stop, if any."""
-        if self._received is None and self._launcher not in (None, os.getppid()):
+        if self._received is None and _launcher not in (None, os.getppid()):
             return signal.SIGTERM
         return self._received
 

@@ -28,6 +28,7 @@ from .options import (
     check_options,
     parse_with_recipe,
 )
+from .stopping import note_launcher
 
 
 # What a training of a whole pipeline can also vary
@@ -82,6 +83,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def train_codes(argv: list[str]) -> int:
+    note_launcher()
     args = parse_args(argv)
     from .codes import CodeTraining
     from .loop import train
