@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from helpers import ON_CPU, process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
+from diffusers_dod import DoDPipeline
 from diffusers_dod.cli import BadInput
 from diffusers_dod.evaluation import ImageSet
 from diffusers_dod.evaluation.__main__ import main as evaluate
@@ -174,3 +176,18 @@ def test_evaluation_that_cannot_be_is_one_line(drawn, tmp_path, capsys):
     arguments = ["--samples", str(drawn / "stage-2"), "--reference", str(tmp_path), "--extractor", "x"]
     assert evaluate(arguments) == 2
     assert capsys.readouterr().err == f"diffusers-dod evaluate: error: {tmp_path} holds no images.\n"
+
+
+def test_a_folder_belongs_to_weights_and_not_to_a_path(model, tmp_path, capsys):
+    """The same model at another place continues; another model at the same place is refused."""
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    assert sample(moved, tmp_path / "out", "--num_images", 4) == 0
+    shutil.rmtree(moved)
+    assert sample(model, tmp_path / "out", "--num_images", 6) == 0
+    pipe = DoDPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.add_(0.1)
+    pipe.save_pretrained(moved)
+    assert sample(moved, tmp_path / "out", "--num_images", 8) == 2
+    assert "holds images of another weights_sha256" in capsys.readouterr().err

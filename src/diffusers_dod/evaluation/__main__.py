@@ -74,7 +74,7 @@ def report(args: argparse.Namespace) -> None:
         "num_samples": len(samples),
         "num_reference": len(reference),
         "extractor": label,
-        **{key: value for key, value in settings.items() if key != "model"},
+        **{key: value for key, value in settings.items() if key not in ("model", "weights_sha256")},
         "evaluation_seed": args.seed,
         "versions": versions,
         "results": [{**result, **({"stage": args.stage} if args.stage else {})} for result in results],

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..cli import BadInput, bad_input
-from ..files import whole_file, write_json
+from ..files import json_sha256, weights_sha256, whole_file, write_json
 from ..pipeline_dod import DoDPipeline
 from ..processes import end_together
 from ..randomness import row_generators
@@ -24,7 +24,7 @@ from .stages import settle_stages
 
 SETTINGS_NAME = "sampling.json"
 # What may differ between two runs that fill one folder.
-FREE_KEYS = ("output_dir", "num_images", "batch_size", "npz", "compile")
+FREE_KEYS = ("output_dir", "num_images", "batch_size", "npz", "compile", "model", "revision")
 
 
 def class_of(index: int, num_classes: int, args: argparse.Namespace) -> int | None:
@@ -86,6 +86,9 @@ def sample(args: argparse.Namespace) -> None:
         args.num_stages = 2 if args.prior_source == "stage" else 1
         settle_stages(args)
     settings = {key: value for key, value in vars(args).items() if key not in FREE_KEYS}
+    # A model is known by its weights, wherever it lies.
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    settings["weights_sha256"] = json_sha256({name: weights_sha256(model) for name, model in models.items()})
     versions = {"diffusers-dod": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
     with bad_input():
         check_settings(args, settings)
@@ -100,7 +103,7 @@ def sample(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("tmp-*.part"):  # of a run that was killed
                 leftover.unlink()
-        write_json(Path(args.output_dir, SETTINGS_NAME), {**settings, "versions": versions})
+        write_json(Path(args.output_dir, SETTINGS_NAME), {"model": args.model, **settings, "versions": versions})
     state.wait_for_everyone()
 
     def for_stages(values: list | None) -> object:
