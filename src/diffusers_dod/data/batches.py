@@ -131,11 +131,10 @@ def is_readable(row: dict, skip_broken: bool) -> bool:
     try:
         read_image(row["image"])
         return True
-    except Exception as error:  # whatever a decoder raises, the picture cannot be used
-        problem = f"{row['image']['path'] or 'an unnamed image'} cannot be read ({error})"
+    except ValueError as error:
         if not skip_broken:
-            raise ValueError(f"{problem}: pass --on_broken_image skip to train on the others") from error
-        warnings.warn(f"Skipped: {problem}.", stacklevel=2)
+            raise ValueError(f"{error}: pass --on_broken_image skip to train on the others") from error
+        warnings.warn(f"Skipped: {error}.", stacklevel=2)
         return False
 
 
