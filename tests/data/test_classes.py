@@ -215,7 +215,7 @@ def test_the_same_for_a_code_model(model, tmp_path):
 def test_cached_latents_go_by_name(model, tmp_path):
     names = [f"{number}.png" for number in range(4)]
     settings = cache_settings(
-        None, 16, names, [0, 1, 1, 0], ["owl", "ant"], flips=False, dtype="float32", shard_size=4
+        tiny_vae("kl"), 16, names, [0, 1, 1, 0], ["owl", "ant"], flips=False, dtype="float32", shard_size=4
     )
     writer = LatentCacheWriter(tmp_path / "cache", settings, {"vae_name_or_path": None, "vae_subfolder": None})
     writer.begin()
