@@ -10,7 +10,7 @@ import diffusers_dod
 PACKAGE = Path(diffusers_dod.__file__).parent
 # From the ground up; a package stands for all of its modules.
 LEVELS = [
-    ["layers", "autoencoding", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
+    ["layers", "autoencoding", "pictures", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
     ["transformer_dod", "latent_embedder_dod", "labels", "priors"],
     ["compatibility"],
     ["repository"],

@@ -8,9 +8,25 @@ import torch
 
 from .arguments import check_choice, check_tensor
 from .autoencoding import encode_images
+from .pictures import prepare_picture
 
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
+
+
+def prepare_pictures(image: Any) -> list[PIL.Image.Image]:
+    """A user's PIL picture, or a list of them, upright, opaque and of 8 bits per channel.
+
+    Raises:
+        ValueError: for a picture that is too large, too narrow, damaged or of another mode, and for what is none.
+    """
+    pictures = image if isinstance(image, list) else [image]
+    if not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
+        raise ValueError("`image` mixes pictures with something else: pass a list of one kind.")
+    try:
+        return [prepare_picture(picture) for picture in pictures]
+    except (ValueError, OSError, SyntaxError) as error:  # the last two from a file that is decoded only now
+        raise ValueError(f"`image` cannot be used: {error}.") from error
 
 
 class PriorInputsMixin:
@@ -65,10 +81,13 @@ class PriorInputsMixin:
                 [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
                 pictures have that shape too, one with negative values is.
             batch_size (`int`), num_images_per_prompt (`int`): samples, and samples per label.
-            height (`int`), width (`int`): of the samples; PIL pictures are cropped to that size.
+            height (`int`), width (`int`):
+                of the samples; PIL pictures are cropped to that size, turned as their EXIF orientation says and laid on
+                white where they are transparent.
 
         Raises:
-            ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch.
+            ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch; for a PIL
+                picture of more than 8 bits per channel, 50 megapixels, or sides of 50 to 1.
         """
         latent_shape = self._latent_shape(height, width)
         if isinstance(image, list) and not image:
@@ -79,6 +98,8 @@ class PriorInputsMixin:
             image_latents = (image if image.ndim == 4 else image[None]).to(device=device, dtype=dtype)
         else:
             is_pil = isinstance(image[0] if isinstance(image, list) else image, PIL.Image.Image)
+            if is_pil:
+                image = prepare_pictures(image)
             pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop" if is_pil else "default")
             channels = latent_shape[0] if self.vae is None else 3
             if pixels.shape[1] != channels:

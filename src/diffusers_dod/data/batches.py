@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..autoencoding import encode_images
 from ..cli import BadData, BadInput, bad_input
+from ..pipeline_dod import DoDPipeline
 from .cache import CachedLatents, sample_posterior, select_flip
+from .classes import match_classes, position_table, relabel_rows
 from .features import REPAEncoder
 from .images import collate_images, inspect_images, load_labelled_images, read_image
 from .order import BatchSampler, EpochOrder
@@ -41,9 +43,16 @@ class TrainingData(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
-    """The images to train on, of which broken ones were left out or refused unless they are streamed; or latents."""
-    if args.latents_dir is not None:
-        return load_latents(args)
+    """The images to train on, of which broken ones were left out or refused unless they are streamed; or latents.
+
+    Where a saved model is trained whose classes have names, labels are the model's.
+    """
+    data = load_images(args, accelerator) if args.latents_dir is None else load_latents(args)
+    return name_classes(args, data)
+
+
+def load_images(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
+    """The images of a folder, a saved dataset or the Hub."""
     with bad_input(ValueError), accelerator.main_process_first():
         data, class_names = load_labelled_images(
             args.train_data_dir,
@@ -59,11 +68,10 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingDat
     if args.streaming:
         if args.num_classes is None and class_names is None:
             raise BadInput("a stream does not tell how many classes there are: give --num_classes")
-        first = next(iter(data), None)
-        if first is None:
+        if next(iter(data), None) is None:
             raise BadInput("the stream holds no images")
-        is_gray = read_image(first["image"]).mode in ("1", "L", "LA")
-        num_classes, size = len(class_names or ()), None
+        # One image says nothing about the others: a stream is in colour unless the model's channels are given.
+        is_gray, num_classes, size = False, len(class_names or ()), None
     else:
         data, is_gray = check_images(args, data, accelerator)
         labels = data.unique("label") if "label" in data.column_names else [-1]
@@ -73,6 +81,36 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingDat
             raise BadInput(f"the data has {num_classes} classes, so --num_classes cannot be {args.num_classes}")
         num_classes = args.num_classes
     return TrainingData(data, num_classes, id2label, is_gray, size)
+
+
+def name_classes(args: argparse.Namespace, data: TrainingData) -> TrainingData:
+    """The data with the labels of the saved model that is trained, where both have names of their classes."""
+    source = getattr(args, "pipeline", None) or args.pretrained_model_name_or_path
+    if source is None or not data.id2label:
+        return data
+    # Missing, private, offline, another class: the libraries raise many kinds.
+    with bad_input(Exception, what=f"{source} cannot be loaded as DoDPipeline"):
+        config: Any = DoDPipeline.load_config(source, cache_dir=args.cache_dir)
+        id2label = {int(class_id): label for class_id, label in (config.get("id2label") or {}).items()}
+    if not id2label:
+        return data
+    names = [data.id2label[class_id] for class_id in sorted(data.id2label)]
+    with bad_input(ValueError):
+        ids = match_classes(names, id2label)
+    if ids is None:
+        logger.warning(position_table(names, id2label))
+        return data
+    rows = data.rows
+    if ids != list(range(len(ids))):
+        logger.info(f"{len(ids)} classes of the data go by their names, which are among the model's {len(id2label)}.")
+        if data.are_latents:
+            rows.class_ids = torch.tensor(ids)
+        else:
+            rows = relabel_rows(rows, ids)
+    num_classes = max(data.num_classes, max(ids) + 1)
+    if args.num_classes not in (None, num_classes):
+        raise BadInput(f"the data has class {max(ids)} of the model, so --num_classes cannot be {args.num_classes}")
+    return data._replace(rows=rows, id2label=id2label, num_classes=num_classes)
 
 
 def load_latents(args: argparse.Namespace) -> TrainingData:
@@ -131,11 +169,10 @@ def is_readable(row: dict, skip_broken: bool) -> bool:
     try:
         read_image(row["image"])
         return True
-    except Exception as error:  # whatever a decoder raises, the picture cannot be used
-        problem = f"{row['image']['path'] or 'an unnamed image'} cannot be read ({error})"
+    except ValueError as error:
         if not skip_broken:
-            raise ValueError(f"{problem}: pass --on_broken_image skip to train on the others") from error
-        warnings.warn(f"Skipped: {problem}.", stacklevel=2)
+            raise ValueError(f"{error}: pass --on_broken_image skip to train on the others") from error
+        warnings.warn(f"Skipped: {error}.", stacklevel=2)
         return False
 
 

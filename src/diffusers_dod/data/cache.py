@@ -139,6 +139,7 @@ class CachedLatents(Dataset):
         flips (`bool`): whether mirrored images are cached too.
         class_names (`list` of `str`, *optional*), num_classes (`int`): the classes.
         latent_shape (`tuple` of `int`): `(channels, height, width)`.
+        class_ids (`torch.Tensor`, *optional*): `(classes,)`, what rows have as their `label` in the place of the cached class.
 
     Raises:
         ValueError: if the folder holds no finished cache, or one of its shards is not what it should be.
@@ -159,6 +160,7 @@ class CachedLatents(Dataset):
         self.class_names: list[str] | None = self.settings["class_names"]
         self.num_classes: int = self.settings["num_classes"]
         self.latent_shape = tuple(self.settings["latent_shape"])
+        self.class_ids: torch.Tensor | None = None
         self._mapped: dict[int, dict[str, torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,12 +184,14 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         shard, row = self._locate(index)
-        return {name: values[row] for name, values in shard.items() if not name.startswith("name_")}
+        values = {name: values[row] for name, values in shard.items() if not name.startswith("name_")}
+        return values if self.class_ids is None else {**values, "label": self.class_ids[values["label"]]}
 
     @property
     def labels(self) -> torch.Tensor:
         """The class of every row, `(rows,)`, for sampling by class."""
-        return torch.cat([self._shard(number)["label"] for number in range(len(self.manifest["shards"]))])
+        labels = torch.cat([self._shard(number)["label"] for number in range(len(self.manifest["shards"]))])
+        return labels if self.class_ids is None else self.class_ids[labels]
 
     def name(self, index: int) -> str:
         """The file that a row was made of, relative to the data's folder, or its number where it had no file."""

@@ -1,5 +1,8 @@
 """Labelled images for training and evaluation: loading, checking, cropping, batching."""
 
+import os
+from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -7,32 +10,44 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from datasets.utils.file_utils import xopen
+
+from ..cli import first_line
+from ..pictures import MAX_MEGAPIXELS, prepare_picture
+from .folders import list_images, say_left_out
 
 
-def _is_saved_dataset(folder: str | Path) -> bool:
+def is_saved_dataset(folder: str | Path) -> bool:
     """Whether `datasets.save_to_disk` wrote the folder."""
-    return any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return all(Path(folder, name).is_file() for name in ("state.json", "dataset_info.json")) or (
+        Path(folder, "dataset_dict.json").is_file()
+    )
+
+
+def _list_rows(rows: Iterable[tuple[str, int]], **_: Any) -> Iterator[dict]:
+    """What `datasets` makes its rows from."""
+    for file, label in rows:
+        yield {"image": {"path": file, "bytes": None}, "label": label}
 
 
 def _load_folder(folder: str, labelled: bool, streaming: bool, cache_dir: str | None) -> Any:
-    if not Path(folder).is_dir():
-        raise ValueError("it is not a folder")
-    if _is_saved_dataset(folder):
+    if Path(folder).is_dir() and is_saved_dataset(folder):
         data = datasets.load_from_disk(folder)
         data = data["train"] if isinstance(data, datasets.DatasetDict) else data
         return data.to_iterable_dataset(num_shards=min(64, len(data))) if streaming else data
-    if labelled and not any(path.is_dir() for path in Path(folder).iterdir()):
-        raise ValueError("it has no subfolders, put the images of each class into one of their own")
-    # By pattern, since `datasets` would take a class called "train" or "test" for a split.
-    files: str | list[str] = "*/*" if labelled else "**"
+    images = list_images(folder, labelled)
+    say_left_out(folder, images)
+    rows = list(zip(images.files, images.labels))
+    label = datasets.ClassLabel(names=images.class_names) if labelled else datasets.Value("int64")
+    features = datasets.Features(image=datasets.Image(decode=False), label=label)
     if streaming:
-        # In one fixed shuffled order: a buffer would hold few classes of a sorted folder.
-        found = sorted(str(path) for path in Path(folder).glob("*/*" if labelled else "**/*") if path.is_file())
-        files = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    options = {"data_files": {"train": files}, "drop_labels": not labelled, "drop_metadata": True}
-    if not streaming:
-        options["data_dir"] = folder
-    return datasets.load_dataset("imagefolder", split="train", streaming=streaming, cache_dir=cache_dir, **options)
+        # In one fixed shuffled order: a buffer would hold few classes of a sorted folder. Each image is a shard.
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+        return datasets.IterableDataset.from_generator(_list_rows, features, gen_kwargs={"rows": rows})
+    # Sizes and times are not read: with them, changed images get rows of their own, which are checked anew.
+    stats = [os.stat(file) for file, _ in rows]
+    kwargs = {"rows": tuple(rows), "versions": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)}
+    return datasets.Dataset.from_generator(_list_rows, features, cache_dir, gen_kwargs=kwargs)
 
 
 def load_labelled_images(
@@ -47,7 +62,9 @@ def load_labelled_images(
     """Loads images with their classes, the `train` split where there are several.
 
     Args:
-        folder (`str`, *optional*): a folder with one subfolder a class, or what `datasets.save_to_disk` wrote.
+        folder (`str`, *optional*):
+            a folder with one subfolder per class, read as [`~diffusers_dod.data.folders.list_images`] says, or what
+            `datasets.save_to_disk` wrote.
         dataset_name (`str`, *optional*): a dataset of the Hub, where no `folder` is given.
         dataset_config_name (`str`, *optional*): its configuration.
         image_column (`str`), label_column (`str`, *optional*):
@@ -102,23 +119,59 @@ def load_labelled_images(
     return data.rename_columns(renamed) if renamed else data, names
 
 
-def read_image(value: dict) -> PIL.Image.Image:
-    """Decodes a row's undecoded image.
+def _open(value: dict) -> PIL.Image.Image:
+    if value["bytes"] is not None:
+        return PIL.Image.open(BytesIO(value["bytes"]))
+    if value["path"] is None:
+        raise ValueError("it has neither bytes nor a file")
+    if Path(value["path"]).is_file():
+        return PIL.Image.open(value["path"])
+    with xopen(value["path"], "rb") as file:  # a stream's file, somewhere on the net
+        return PIL.Image.open(BytesIO(file.read()))
+
+
+def _read(value: dict, background: str | tuple[int, ...] = "white") -> PIL.Image.Image:
+    """As [`read_image`], with errors that say what is wrong and not with which file."""
+    try:
+        with _open(value) as picture:
+            return prepare_picture(picture, background)
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+        reason = f"it is too large: make it smaller than {MAX_MEGAPIXELS} megapixels"
+    except PIL.UnidentifiedImageError:
+        reason = "it is not a picture that can be read"
+    except Exception as error:  # whatever a decoder raises, the picture cannot be used
+        reason = first_line(error)
+    raise ValueError(reason)
+
+
+def _name(value: dict) -> str:
+    return value["path"] or "an unnamed image"
+
+
+def read_image(value: dict, background: str | tuple[int, ...] = "white") -> PIL.Image.Image:
+    """Reads a row's image: the one way for training, streaming, caching, evaluation and the demo.
+
+    Args:
+        value (`dict`): `path` and `bytes` of a file, one of which may be `None`.
+        background (`str` or `tuple` of `int`, defaults to `"white"`): colour behind what is transparent.
+
+    Returns:
+        `PIL.Image.Image`: of mode `"L"` or `"RGB"`, as [`~diffusers_dod.pictures.prepare_picture`] makes it.
 
     Raises:
-        ValueError: for more than 8 bits a channel, which PIL would clip; damaged files raise the decoder's own errors.
+        ValueError: naming the file, if it is damaged, too large, too narrow, or not of 8 bits per channel.
     """
-    image = datasets.Image().decode_example(value)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(f"its mode is {image.mode}, convert it to 8 bits a channel")
-    return image
+    try:
+        return _read(value, background)
+    except ValueError as error:
+        raise ValueError(f"{_name(value)} cannot be read ({error})") from error
 
 
 def _inspect(value: dict) -> dict:
     try:
-        return {"problem": "", "is_gray": read_image(value).mode in ("1", "L", "LA")}
-    except Exception as error:  # whatever a decoder raises, the picture cannot be used
-        return {"problem": f"{value['path'] or 'an unnamed image'} ({error})", "is_gray": True}
+        return {"problem": "", "is_gray": _read(value).mode == "L"}
+    except ValueError as error:
+        return {"problem": f"{_name(value)} ({error})", "is_gray": True}
 
 
 def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Dataset:
@@ -134,7 +187,7 @@ def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Datase
         `datasets.Dataset`: a row for each image, of columns `problem`, empty for a good image, and `is_gray`.
     """
     # The cache of a dataset that was read by `load_from_disk` would lie in the user's own folder.
-    from_disk = any(_is_saved_dataset(Path(file["filename"]).parent) for file in data.cache_files)
+    from_disk = any(is_saved_dataset(Path(file["filename"]).parent) for file in data.cache_files)
     return data.map(
         _inspect,
         input_columns=["image"],

@@ -3,19 +3,16 @@
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.utils import load_image
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ..data.images import read_image
 from ..pipeline_dod import DoDPipeline
 from ..viz.codes import stage_code_maps
-
-
-MAX_MEGAPIXELS = 50
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 
 
 @dataclass
@@ -54,14 +51,14 @@ class Drawing:
         """Python that draws the same in a process of its own, and saves every stage."""
         lines = ["import torch"]
         if self.picture is not None:
-            lines.append("from diffusers.utils import load_image")
+            lines.append("from PIL import Image")
         lines += ["", "from diffusers_dod import DoDPipeline", ""]
         lines += [f"pipe = DoDPipeline.from_pretrained({model!r})" + ("" if device == "cpu" else f".to({device!r})")]
         lines.append("stages = pipe(")
         for name, value in self.arguments().items():
             lines.append(f"    {name}={value!r}," + (f"  # {class_name!r}" if name == "class_labels" else ""))
         if self.picture is not None:
-            lines.append(f"    image=load_image({Path(self.picture).name!r}),  # in the place of stage 1")
+            lines.append(f"    image=Image.open({Path(self.picture).name!r}),  # in the place of stage 1")
         lines += [f"    generator=torch.Generator().manual_seed({self.seed}),", "    return_stages=True,", ").stages"]
         lines.append(f"for number, images in enumerate(stages, start={self.stages.start}):")
         lines.append('    images[0].save(f"stage-{number}.png")')
@@ -88,32 +85,32 @@ class Finished:
     code_maps: list[Image.Image]
 
 
-def open_picture(path: str) -> Image.Image:
-    """Reads a user's picture as `load_image` does.
+# A picture of 50 megapixels is 200 MB for Pillow, and the memory of a thread stays with it: one thread reads them all.
+READER = ThreadPoolExecutor(1, thread_name_prefix="read-picture")
+
+
+def open_picture(path: str, largest: int | None = None) -> Image.Image:
+    """Reads a user's picture as the pipeline and the training do.
+
+    Args:
+        path (`str`): where the server keeps it.
+        largest (`int`, *optional*): side in pixels to which the longer one is shrunk.
 
     Raises:
-        ValueError: for what is no picture, too large, of an unusual mode, or transparent; it says what to do.
+        ValueError: for what is no picture, too large, too narrow, or of an unusual mode; it says what to do.
     """
+
+    def read() -> Image.Image:
+        picture = read_image({"path": path, "bytes": None})
+        if largest is not None:
+            picture.thumbnail((largest, largest))
+        return picture
+
     try:
-        with Image.open(path) as picture:
-            megapixels = picture.width * picture.height / 1e6
-            usual = picture.mode in MODES
-            if megapixels <= MAX_MEGAPIXELS and usual:
-                picture.load()
-                transparent = (
-                    picture.has_transparency_data and min(picture.convert("RGBA").getchannel("A").getdata()) < 255
-                )
-    except Image.DecompressionBombError:
-        megapixels = float("inf")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise ValueError("This file is not a picture that can be read: try a PNG, JPEG or WebP file.") from None
-    if megapixels > MAX_MEGAPIXELS:
-        raise ValueError(f"This picture is too large: make it smaller than {MAX_MEGAPIXELS} megapixels.")
-    if not usual:
-        raise ValueError("This picture has an unusual colour mode: save it with 8 bits a channel, in colour or gray.")
-    if transparent:
-        raise ValueError("This picture is transparent in places: save it on a background, without transparency.")
-    return load_image(path)
+        return READER.submit(read).result()
+    except ValueError as error:
+        # The server's folders are nobody's business.
+        raise ValueError(f"{str(error).replace(path, Path(path).name)}: try another picture.") from None
 
 
 def private_pipeline(pipe: DoDPipeline) -> DoDPipeline:

@@ -79,8 +79,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         if picture is not None:
             first, num_stages = 2, max(num_stages, 2)
             try:
-                thumbnail = open_picture(picture)
-                thumbnail.thumbnail((256, 256))
+                thumbnail = open_picture(picture, largest=256)
                 preview = image_tag(thumbnail, "preview", "preview")
             except ValueError as error:
                 preview = message(str(error))
@@ -153,7 +152,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             [num_stages, picture],
             [num_stages, preview, *rows],
             show_progress="hidden",
-            queue=False,
+            concurrency_limit=2,
         )
         button.click(
             generate,

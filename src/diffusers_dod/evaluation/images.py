@@ -9,11 +9,9 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.images import center_crop, load_labelled_images, read_image
+from ..data.folders import list_images, say_left_out
+from ..data.images import center_crop, is_saved_dataset, load_labelled_images, read_image
 from .metrics import FeatureStatistics
-
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class _Pictures(Dataset):
@@ -59,9 +57,13 @@ class ImageSet:
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
                 raise ValueError(f"{source}: arr_0 must be (samples, height, width, 3 or 1) in uint8, as ADM's.")
             self.rows, self.read = images, lambda array: PIL.Image.fromarray(array.squeeze())
-        elif path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            self.rows = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            self.read = PIL.Image.open
+        elif path.is_dir() and not is_saved_dataset(path):
+            try:
+                images = list_images(path, labelled=False)
+            except ValueError as error:
+                raise ValueError(f"No images could be loaded from {source}: {error}") from error
+            say_left_out(source, images)
+            self.rows, self.read = images.files, lambda file: read_image({"path": file, "bytes": None})
         else:
             data, _ = (
                 load_labelled_images(folder=source, label_column=None)
@@ -80,7 +82,7 @@ class ImageSet:
         """Batches of `(batch, 3, height, width)` in uint8, in order.
 
         Raises:
-            ValueError: if the images differ in size and no `resolution` was given.
+            ValueError: if the images differ in size and no `resolution` was given, or naming one that cannot be read.
         """
         pictures = _Pictures(self.rows, self.read, self.resolution)
         try:
@@ -89,3 +91,5 @@ class ImageSet:
             if "equal size" not in str(error):
                 raise
             raise ValueError(f"The images of {self.source} differ in size: give a resolution.") from error
+        except ValueError as error:  # from a worker with its traceback before it
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
