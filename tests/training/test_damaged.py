@@ -130,3 +130,48 @@ def test_a_plain_recipe_is_what_it_was():
     expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
     assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
     assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
+
+
+def replace_an_image(data):
+    first, second = sorted(data.glob("*/*.png"))[:2]
+    shutil.copy(second, first)
+
+
+def move_an_image(data):
+    image = next((data / "digit 0").iterdir())
+    image.rename(data / "digit 1" / "moved.png")
+
+
+def rename_an_image(data):
+    image = sorted((data / "digit 0").iterdir())[0]
+    image.rename(data / "digit 0" / "zzz.png")
+
+
+def swap_two(data):
+    first, second = sorted(data.glob("*/*.png"))[0], sorted(data.glob("*/*.png"))[-1]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def change_a_byte_after_the_pixels(data):
+    image = sorted(data.glob("*/*.png"))[0]
+    image.write_bytes(image.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize(
+    "change", [replace_an_image, move_an_image, rename_an_image, swap_two, change_a_byte_after_the_pixels]
+)
+def test_a_run_is_not_resumed_on_other_images(tmp_path, change, capsys):
+    """Of the same number; the same images at another place are the same."""
+    data = write_digits(tmp_path / "data", counts=(3, 2, 2))
+    options = ("--resolution", 14, "--checkpointing_steps", 2)
+    assert main(arguments(tmp_path / "run", "--train_data_dir", data, *options, "--max_train_steps", 2)) == 0
+    shutil.copytree(data, tmp_path / "copy")
+    change(data)
+    longer = (*options, "--max_train_steps", 4)
+    assert main(arguments(tmp_path / "run", "--train_data_dir", data, *longer)) == 2
+    assert "images_sha256" in capsys.readouterr().err
+    shutil.rmtree(data)
+    shutil.copytree(tmp_path / "copy", data)
+    assert main(arguments(tmp_path / "run", "--train_data_dir", data, *longer)) == 0

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..autoencoding import encode_images
 from ..cli import BadData, BadInput, bad_input
+from ..files import json_sha256
 from ..pipeline_dod import DoDPipeline
 from .cache import CachedLatents, sample_posterior, select_flip
 from .classes import match_classes, position_table, relabel_rows
@@ -32,7 +33,9 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 class TrainingData(NamedTuple):
-    """`rows` are undecoded images, or latents as [`CachedLatents`] has them; `size` is their number, unknown for a stream."""
+    """`rows` are undecoded images, or latents as [`CachedLatents`] has them; `size` is their number and
+    `sha256` the sum of all of them with their classes, in order; both are unknown for a stream.
+    """
 
     rows: Any
     num_classes: int
@@ -40,6 +43,7 @@ class TrainingData(NamedTuple):
     is_gray: bool
     size: int | None
     are_latents: bool = False
+    sha256: str | None = None
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
@@ -71,16 +75,16 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> TrainingD
         if next(iter(data), None) is None:
             raise BadInput("the stream holds no images")
         # One image says nothing about the others: a stream is in colour unless the model's channels are given.
-        is_gray, num_classes, size = False, len(class_names or ()), None
+        is_gray, num_classes, size, sha256 = False, len(class_names or ()), None, None
     else:
-        data, is_gray = check_images(args, data, accelerator)
+        data, is_gray, sha256 = check_images(args, data, accelerator)
         labels = data.unique("label") if "label" in data.column_names else [-1]
         num_classes, size = len(class_names) if class_names else max(labels) + 1, len(data)
     if args.num_classes is not None:
         if args.num_classes < num_classes:
             raise BadInput(f"the data has {num_classes} classes, so --num_classes cannot be {args.num_classes}")
         num_classes = args.num_classes
-    return TrainingData(data, num_classes, id2label, is_gray, size)
+    return TrainingData(data, num_classes, id2label, is_gray, size, sha256=sha256)
 
 
 def name_classes(args: argparse.Namespace, data: TrainingData) -> TrainingData:
@@ -133,13 +137,13 @@ def load_latents(args: argparse.Namespace) -> TrainingData:
     if 0 < num_classes < cache.num_classes:
         raise BadInput(f"the data has {cache.num_classes} classes, so --num_classes cannot be {num_classes}")
     id2label = dict(enumerate(cache.class_names)) if cache.class_names and num_classes else None
-    return TrainingData(cache, num_classes, id2label, False, len(cache), are_latents=True)
+    return TrainingData(cache, num_classes, id2label, False, len(cache), True, cache.manifest["settings_sha256"])
 
 
 def check_images(
     args: argparse.Namespace, data: datasets.Dataset, accelerator: Accelerator
-) -> tuple[datasets.Dataset, bool]:
-    """The readable images, and whether all of them are grayscale."""
+) -> tuple[datasets.Dataset, bool, str]:
+    """The readable images, whether all of them are grayscale, and the sum of all files and their classes."""
     # Each process checks its share.
     share = data.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     report = inspect_images(share, args.dataloader_num_workers)
@@ -151,7 +155,8 @@ def check_images(
     if broken:
         data = data.select([row for row, problem in enumerate(problems) if not problem])
         logger.warning("\n  ".join([f"Skipped {len(broken)} images, {len(data)} are left:", *broken]))
-    return data, is_gray
+    sums = [sum_ for sum_, problem in zip(gather_object(report["sha256"][:]), problems) if not problem]
+    return data, is_gray, json_sha256([sums, data["label"][:] if "label" in data.column_names else None])
 
 
 def collate_rows(rows: list[dict], size: int, channels: int, num_classes: int) -> dict:

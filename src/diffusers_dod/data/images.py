@@ -1,5 +1,6 @@
 """Labelled images for training and evaluation: loading, checking, cropping, batching."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -169,9 +170,11 @@ def read_image(value: dict, background: str | tuple[int, ...] = "white") -> PIL.
 
 def _inspect(value: dict) -> dict:
     try:
-        return {"problem": "", "is_gray": _read(value).mode == "L"}
-    except ValueError as error:
-        return {"problem": f"{_name(value)} ({error})", "is_gray": True}
+        content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        report = {"problem": "", "is_gray": _read(value).mode == "L"}
+        return report | {"sha256": hashlib.sha256(content).hexdigest()}
+    except (ValueError, OSError) as error:
+        return {"problem": f"{_name(value)} ({error})", "is_gray": True, "sha256": ""}
 
 
 def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Dataset:
@@ -184,7 +187,8 @@ def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Datase
         num_proc (`int`): processes beside this one.
 
     Returns:
-        `datasets.Dataset`: a row for each image, of columns `problem`, empty for a good image, and `is_gray`.
+        `datasets.Dataset`: a row for each image, of columns `problem`, empty for a good image, `is_gray`, and the file's
+            `sha256`.
     """
     # The cache of a dataset that was read by `load_from_disk` would lie in the user's own folder.
     from_disk = any(is_saved_dataset(Path(file["filename"]).parent) for file in data.cache_files)

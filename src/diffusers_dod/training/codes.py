@@ -158,7 +158,9 @@ class CodeTraining:
         whole = DoDPipeline(**components, id2label=pipeline.config.id2label)
         rows = EncodedCodes(self.kept, labels[kept])
         return Subject(
-            whole, "code_transformer", TrainingData(rows, num_classes, None, False, len(rows), are_latents=True)
+            whole,
+            "code_transformer",
+            TrainingData(rows, num_classes, None, False, len(rows), are_latents=True, sha256=data.sha256),
         )
 
     @torch.no_grad()

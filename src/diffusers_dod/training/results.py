@@ -39,7 +39,12 @@ def lock_folder(output_dir: str | Path) -> FileLock:
 
 def run_config(args: argparse.Namespace, subject: Subject, accelerator: Accelerator) -> dict[str, Any]:
     """All that a run depends on, as JSON; a checkpoint of other settings is not resumed."""
-    config = {**vars(args), "num_images": subject.data.size, "id2label": subject.pipeline.config.id2label}
+    config = {
+        **vars(args),
+        "num_images": subject.data.size,
+        "images_sha256": subject.data.sha256,
+        "id2label": subject.pipeline.config.id2label,
+    }
     config["images_per_step"] = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     # A stream's order and shards of weights belong to their number of processes.
     config["stream"] = [accelerator.num_processes, args.train_batch_size] if args.streaming else None
