@@ -78,9 +78,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options", CALLS, ids=lambda options: f"{next(iter(options))}={next(iter(options.values()))!r}"[:60]
-)
+@pytest.mark.parametrize("options", CALLS, ids=[f"{next(iter(call))}-{i}" for i, call in enumerate(CALLS)])
 def test_calls_refuse_nonsense_by_name(options):
     (name,) = options
     with pytest.raises(ValueError, match=rf"`{name}`|multiples of|generators for") as error:
