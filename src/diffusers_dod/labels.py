@@ -43,8 +43,8 @@ class ClassLabelsMixin:
                 raise ValueError(f"{name!r} is not a label. The nearest are {', '.join(map(repr, near))}.")
             if len(matches) > 1:
                 raise ValueError(f"{name!r} names the classes {matches}: pass one of these ids instead.")
-            num_classes = self.transformer.config.num_classes
-            if not 0 <= matches[0] < num_classes:
+            if self.transformer is not None and not 0 <= matches[0] < self.transformer.config.num_classes:
+                num_classes = self.transformer.config.num_classes
                 raise ValueError(f"{name!r} names class {matches[0]}, but the model has {num_classes} classes.")
             ids.append(matches[0])
         return ids

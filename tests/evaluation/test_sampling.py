@@ -175,7 +175,8 @@ def test_report_goes_into_the_card(model, drawn, tmp_path, capsys):
 def test_evaluation_that_cannot_be_is_one_line(drawn, tmp_path, capsys):
     arguments = ["--samples", str(drawn / "stage-2"), "--reference", str(tmp_path), "--extractor", "x"]
     assert evaluate(arguments) == 2
-    assert capsys.readouterr().err == f"diffusers-dod evaluate: error: {tmp_path} holds no images.\n"
+    message = f"No images could be loaded from {tmp_path}: it holds no images"
+    assert capsys.readouterr().err == f"diffusers-dod evaluate: error: {message}\n"
 
 
 def test_a_folder_belongs_to_weights_and_not_to_a_path(model, tmp_path, capsys):
