@@ -37,6 +37,12 @@ class BadData(BadInput):
     met_by_all = False
 
 
+class WorkerLost(CommandError):
+    """A worker of a dataloader was killed."""
+
+    met_by_all = False
+
+
 @contextmanager
 def bad_input(*errors: type[Exception], what: str = "") -> Iterator[None]:
     """Turns `errors` (`ValueError` and `OSError` by default) into [`BadInput`] with the first line of their message.
@@ -109,7 +115,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, that of a [`CommandError`], or 2 for files and network.
+    """Runs a command and returns its exit status: 0, that of a [`CommandError`], 2 for files and network, 1 for a
+    lost worker.
 
     Args:
         main (`Callable`): takes the arguments; returns `None` or a status.
@@ -125,8 +132,10 @@ def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | No
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK_LIBRARIES:
+        is_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")  # killed, usually
+        is_network = type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES
+        if not is_worker and not is_network and not isinstance(error, OSError):
             raise
-        message, status = first_line(error), BadInput.status
+        message, status = first_line(error), WorkerLost.status if is_worker else BadInput.status
     print(f"{prog}: error: {message}", file=sys.stderr)
     return status

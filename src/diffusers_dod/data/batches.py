@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.data import DataLoader, default_collate
 
 from ..autoencoding import encode_images
-from ..cli import BadData, BadInput, bad_input
+from ..cli import BadData, BadInput, WorkerLost, bad_input
 from ..files import json_sha256
 from ..pipeline_dod import DoDPipeline
 from .cache import CachedLatents, sample_posterior, select_flip
@@ -241,6 +241,8 @@ def make_batches(
         yield from loader
     except ValueError as error:  # from a worker with its traceback before it
         raise BadData(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (ConnectionError, EOFError) as error:  # of the pipe to it
+        raise WorkerLost("a dataloader worker was killed, maybe for want of memory") from error
 
 
 def to_latents(

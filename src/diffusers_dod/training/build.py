@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 
+from ..arguments import is_count
 from ..autoencoding import vae_latent_channels, vae_spatial_factor
 from ..cli import BadInput, bad_input
 from ..data.batches import TrainingData, load_data
@@ -202,7 +203,7 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
     resolve_objective(args)
 
     # What follows from data, VAE and transformer
-    factor, patch_size = vae_spatial_factor(vae), int(config.get("patch_size", 2))
+    factor, patch_size = vae_spatial_factor(vae), config.get("patch_size", 2)
     if args.resolution is None:
         sample_size = config.get("sample_size", 256 // factor)
         if not isinstance(sample_size, int):
@@ -210,7 +211,10 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
                 f"the model is for latents of {sample_size}, but images are square here: give a --resolution"
             )
         args.resolution = sample_size * factor
-    for patch in (patch_size, int(embedder_config.get("patch_size") or patch_size)):
+    patch_sizes: list[Any] = [patch_size, embedder_config.get("patch_size", patch_size)]
+    for patch in patch_sizes:
+        if not is_count(patch, 1):
+            raise BadInput(f"patch_size is {patch!r}; it must be an integer of at least 1")
         if args.resolution % (factor * patch):
             multiple = f"{factor * patch} (VAE {factor} x patch {patch})" if vae is not None else f"the patch, {patch}"
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")

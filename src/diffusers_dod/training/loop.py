@@ -50,6 +50,7 @@ from .options import FREE_KEYS
 from .results import begin_run, finished_steps, lock_folder, run_config, save_for_push, save_result
 from .step import StepSums, TrainingModule, draw_step, losses, make_inputs
 from .stopping import StopRequest
+from .tracking import log_values
 from .validation import build_evaluation, draw_grid
 
 
@@ -163,8 +164,7 @@ def train(
                 latents = to_latents(batch, vae, own.mirrored, generators)
                 features = None if repa is None else to_features(batch, repa.encoder, repa.grid, own.mirrored)
                 inputs = make_inputs(args, latents, own.times, generators, noise_scheduler, embedder)
-                num_classes = transformer.config.num_classes
-                labels = drop_labels(batch["label"], num_classes, args.class_drop, draws=own.class_draws)
+                labels = drop_labels(batch["label"], transformer.config.num_classes, args.class_drop, own.class_draws)
 
                 # 6. Loss and gradients
                 with accelerator.accumulate(module):
@@ -205,7 +205,7 @@ def train(
                 logs["mfu"] = flops_per_step / seconds / (peak * accelerator.num_processes)
             progress.update()
             progress.set_postfix(logs, refresh=False)
-            accelerator.log(logs, step=step)
+            log_values(accelerator, logs, step)
 
             # 9. Checkpoint, samples and metrics
             if guard.exhausted:
@@ -225,7 +225,7 @@ def train(
             if sampler is not None and validates:
                 draw_grid(sampler, accelerator, args, step)
                 if evaluation is not None:
-                    accelerator.log(evaluation(sampler), step=step)
+                    log_values(accelerator, evaluation(sampler), step)
             if sampler is not None and push is not None and pushes:
                 push.submit(partial(save_for_push, sampler, {**config, "step": step}, args.output_dir))
 

@@ -46,7 +46,6 @@ def drop_labels(
     class_labels: torch.Tensor,
     num_classes: int,
     probability: float,
-    generator: torch.Generator | None = None,
     draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turns each label into the null class `num_classes` with `probability`, for classifier-free guidance.
@@ -55,11 +54,10 @@ def drop_labels(
         class_labels (`torch.Tensor`): `(batch,)` of integers.
         num_classes (`int`): the model's classes.
         probability (`float`): in [0, 1].
-        generator (`torch.Generator`, *optional*): on the labels' device.
         draws (`torch.Tensor`, *optional*): `(batch,)`, uniform in [0, 1); drawn here by default.
     """
     if draws is None:
-        draws = torch.rand(class_labels.shape, generator=generator, device=class_labels.device)
+        draws = torch.rand(class_labels.shape, device=class_labels.device)
     return torch.where(draws < probability, num_classes, class_labels)
 
 

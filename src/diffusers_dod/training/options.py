@@ -138,7 +138,11 @@ def add_output_options(parser: Parser) -> None:
         default=False,
         help="push at every checkpoint, while training continues",
     )
-    add("--peak_tflops", type=REAL, help="of one device, for the MFU; default: a table of GPUs in training/flops.py")
+    add(
+        "--peak_tflops",
+        type=number(float, 1e-3),
+        help="of one device, for the MFU; default: a table of GPUs in training/flops.py",
+    )
 
 
 def build_parser(description: str) -> Parser:

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers.utils import make_image_grid
 
 from ..cli import BadData, first_line
 from ..evaluation import ImageSet, InceptionExtractor, TransformersExtractor, evaluate, extract_features
 from ..pipeline_dod import DoDPipeline
 from ..randomness import row_generators
+
+
+logger = get_logger(__name__)
 
 
 def draw_grid(pipeline: DoDPipeline, accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
@@ -24,8 +28,11 @@ def draw_grid(pipeline: DoDPipeline, accelerator: Accelerator, args: argparse.Na
         stages = pipeline.to(accelerator.device)(class_ids, generator=generators, return_stages=True).stages
     grid = make_image_grid([image for stage in stages for image in stage], rows=len(stages), cols=len(class_ids))
     path = Path(args.output_dir, "samples", f"step_{step}.png")
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        logger.warning(f"{path} could not be written: {first_line(error)}. Training continues.")
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": np.array(grid)[None]}, step=step, **options)
