@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -291,7 +292,11 @@ def test_bad_input_gets_a_message_and_leaves_the_page_usable(open_page, tmp_path
     page.get_by_label("Stage 1 steps").fill("")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("num_inference_steps")
-    choose(page, steps=(3,))
+    # More than one user may have
+    choose(page, num_stages=2, steps=(250, 51))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("at most 300 steps")
+    choose(page, num_stages=1, steps=(3,))
     # A picture that is none, said when it is chosen and again when it is used
     write_text(tmp_path / "bad.png")
     page.get_by_role("button", name="Start from a picture").click()
@@ -415,3 +420,16 @@ def test_a_space_would_start_this_with_the_gradio_that_was_tested():
     assert (EXAMPLES / "space" / front_matter["app_file"]).is_file()
     # What the Hub takes
     assert len(front_matter["short_description"]) <= 60
+
+
+def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(address):
+    config = httpx.get(f"{address}/config").json()
+    function = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
+    data = [0, 1, False, 1, None, *[LONG] * 4, *[1.5] * 4]
+
+    def join(number):
+        body = {"data": data, "fn_index": function, "session_hash": f"nobody{number}"}
+        return httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code
+
+    codes = [join(number) for number in range(40)]
+    assert codes[:20] == [200] * 20 and codes.count(200) < 30 and codes.count(503) > 10

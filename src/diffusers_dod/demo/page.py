@@ -19,7 +19,9 @@ from .drawing import Drawing, Finished, draw, open_picture
 
 
 MAX_STAGES = 4
-MAX_STEPS = 250
+MAX_STEPS = 250  # of one stage
+MAX_STEPS_IN_ALL = 300  # of one drawing, so that nobody waits long for another's
+MAX_WAITING = 20  # drawings; who comes then is told that the queue is full
 MAX_SEED = 2**31 - 1
 NO_CLASS = -1  # a dropdown's value cannot be None
 CSS = Path(__file__).with_name("style.css")
@@ -97,6 +99,8 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
         finished: list[Finished] = []
         try:
+            if sum(steps[stage - 1] or 0 for stage in drawing.stages) > MAX_STEPS_IN_ALL:
+                raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps in all.")
             # What is on the screen stays there until it is certain that there will be something new.
             for i, event in enumerate(draw(pipe, drawing)):
                 bar = gr.skip()
@@ -164,7 +168,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             concurrency_limit=2,
             api_name="generate",
         )
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
 def serve(model: str) -> None:
