@@ -120,7 +120,7 @@ def test_attention_backends(backend):
         try:
             model.set_attention_backend(backend)
         except RuntimeError as error:
-            pytest.skip(str(error).splitlines()[0])
+            pytest.skip(f"the backend {backend} does not work on this machine: {str(error).splitlines()[0]}")
         prediction = model(latents.bfloat16(), timesteps, labels).sample
     assert (prediction - reference).norm() <= 0.03 * reference.norm()
 

@@ -66,7 +66,7 @@ def test_multiply_accumulates_at_256_tokens(models):
     assert billions == pytest.approx(measured, abs=0.06)
     if of_paper is not None:
         assert billions == pytest.approx(of_paper, rel=0.005)
-    # The embedder runs once a stage and must cost next to nothing over its 30 steps.
+    # The embedder runs once per stage and must cost next to nothing over its 30 steps.
     assert count_macs(embedder, latents) / 1e9 < 0.2 * billions
 
 

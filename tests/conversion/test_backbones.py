@@ -89,7 +89,7 @@ def test_diffusers_dit(out_channels, size):
     assert model.config.prediction_type == "epsilon"
 
 
-# --- what is read off the tensors
+# --- what is inferred from the tensors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""diffusers' common model tests on `DoDLatentEmbedder`. It runs once a stage, so it has no feature caches."""
+"""diffusers' common model tests on `DoDLatentEmbedder`. It runs once per stage, so it has no feature caches."""
 
 import torch
 from random_start import RandomStartEmbedder

@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 from helpers import tiny_pipeline
@@ -20,11 +18,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     tiny_pipeline(id2label={0: "cat", 1: "dog"}).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
 
 
 LOCAL = [

@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import tiny_pipeline, tiny_transformer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -22,18 +21,6 @@ from diffusers_dod.repository import standalone_source
 
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
 
 
 def edit_json(file, **entries):

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import tiny_pipeline, tiny_vae
 from PIL import Image
 
 from diffusers_dod.hub import check_folder, collect_upload
@@ -17,18 +16,6 @@ from diffusers_dod.hub.check import list_files
 
 
 SECRET = '{"password": "open sesame"}'
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
 
 
 def dry_run(folder, capsys):

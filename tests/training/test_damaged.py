@@ -1,6 +1,5 @@
 """A damaged last checkpoint is named and the older whole one is used; recipes and records that are broken are one line."""
 
-import json
 import pickle
 import shutil
 
@@ -10,7 +9,6 @@ from training_runs import arguments, assert_equal_tensors, weights, write_digits
 from diffusers_dod.cli import BadInput
 from diffusers_dod.training.__main__ import main, train_model
 from diffusers_dod.training.checkpoints import what_is_damaged
-from diffusers_dod.training.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -101,35 +99,6 @@ def test_a_damaged_record_of_the_run_is_one_line(run, tmp_path, text):
     command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
     with pytest.raises(BadInput, match="training_config.json is damaged"):
         train_model(command)
-
-
-ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (ALIASES, "aliases are not allowed"),
-        ("base: &base {seed: 1}\nother: {<<: *base}\n", "aliases are not allowed"),
-        ("seed: 1\nresolution: 32\nseed: 2\n", "'seed' is given twice"),
-        ("transformer_config: {num_layers: 1, num_layers: 2}\n", "'num_layers' is given twice"),
-        ("- seed\n- 1\n", "must hold options"),
-        ("!!python/object/apply:os.system [true]\n", "cannot be read"),
-    ],
-)
-def test_a_recipe_that_grows_or_repeats_is_one_line(tmp_path, text, message):
-    (tmp_path / "recipe.yaml").write_text(text)
-    argv = arguments(tmp_path / "run", "--train_data_dir", tmp_path, "--recipe", tmp_path / "recipe.yaml")
-    with pytest.raises(BadInput, match=message) as error:
-        train_model(argv)
-    assert "\n" not in str(error.value)
-
-
-def test_a_plain_recipe_is_what_it_was():
-    text = "seed: 1\ntransformer_config: {patch_size: 4, num_layers: 2}\nema_decay: [0.9, 0.99]\nlearning_rate: 1e-4\n"
-    expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
-    assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
-    assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
 
 
 def replace_an_image(data):

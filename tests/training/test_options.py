@@ -291,20 +291,11 @@ def parquet(digits, tmp_path_factory):
 
 
 def test_a_dataset_of_the_hub_streams_and_resumes_and_must_tell_its_classes(parquet, tmp_path):
+    data = ("--dataset_name", parquet, "--streaming", "--image_column", "picture", "--label_column", "kind")
+
     def hub(run, *options, status=0):
-        options = (
-            "--dataset_name",
-            parquet,
-            "--streaming",
-            "--image_column",
-            "picture",
-            "--label_column",
-            "kind",
-            *options,
-        )
-        argv = arguments(
-            tmp_path / run, "--resolution", 14, "--checkpointing_steps", 3, "--shuffle_buffer_size", 4, *options
-        )
+        options = ("--resolution", 14, "--checkpointing_steps", 3, "--shuffle_buffer_size", 4, *options)
+        argv = arguments(tmp_path / run, *data, *options)
         assert main(argv) == status
         return tmp_path / run
 
@@ -313,16 +304,5 @@ def test_a_dataset_of_the_hub_streams_and_resumes_and_must_tell_its_classes(parq
     shutil.copytree(straight / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     assert_equal_tensors(weights(hub("resumed", *options, "--dataloader_num_workers", 2)), weights(straight))
     with pytest.raises(BadInput, match="how many classes there are: give --num_classes"):
-        train_model(
-            arguments(
-                tmp_path / "x",
-                "--dataset_name",
-                parquet,
-                "--streaming",
-                "--image_column",
-                "picture",
-                "--label_column",
-                "kind",
-            )
-        )
+        train_model(arguments(tmp_path / "x", *data))
     hub("few", "--num_classes", 2, "--max_train_steps", 9, status=2)

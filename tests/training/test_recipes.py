@@ -16,6 +16,7 @@ from diffusers_dod.data.batches import TrainingData
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.build import build_pipeline
 from diffusers_dod.training.options import parse_args
+from diffusers_dod.training.recipes import load_recipe
 
 
 needs_rae = pytest.mark.skipif(
@@ -109,6 +110,13 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
         ("weighting: cosmos", "--weighting: invalid choice"),
         ("a: [", "cannot be read"),
         ("recipe: other.yaml", "'recipe', which is no option"),
+        # Aliases can grow without end, a repeated name hides a value, and nothing of a file is code.
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases are not allowed"),
+        ("base: &base {seed: 1}\nother: {<<: *base}\n", "aliases are not allowed"),
+        ("seed: 1\nresolution: 32\nseed: 2\n", "'seed' is given twice"),
+        ("transformer_config: {num_layers: 1, num_layers: 2}\n", "'num_layers' is given twice"),
+        ("- seed\n- 1\n", "must hold options"),
+        ("!!python/object/apply:os.system [true]\n", "cannot be read"),
     ],
 )
 def test_a_bad_recipe_is_one_clear_error(tmp_path, text, message):
@@ -117,6 +125,13 @@ def test_a_bad_recipe_is_one_clear_error(tmp_path, text, message):
     with pytest.raises(BadInput, match=message) as error:
         parse_args(argv, "")
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_is_read_as_yaml_but_for_its_numbers_with_exponents():
+    text = "seed: 1\ntransformer_config: {patch_size: 4, num_layers: 2}\nema_decay: [0.9, 0.99]\nlearning_rate: 1e-4\n"
+    expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
+    assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
+    assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
 
 
 def test_flags_override_a_recipe_of_every_kind_of_value(tmp_path):

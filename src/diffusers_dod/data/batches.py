@@ -7,11 +7,9 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,9 +20,10 @@ from ..cli import BadData, BadInput, WorkerLost, bad_input
 from ..files import json_sha256
 from ..pipeline_dod import DoDPipeline
 from .cache import CachedLatents, sample_posterior, select_flip
+from .checking import check_images
 from .classes import match_classes, position_table, relabel_rows
 from .features import REPAEncoder
-from .images import collate_images, inspect_images, load_labelled_images, read_image
+from .images import collate_images, load_labelled_images, read_image
 from .order import BatchSampler, EpochOrder
 from .streaming import ShuffledStream, StreamedRows
 
@@ -77,7 +76,9 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> TrainingD
         # One image says nothing about the others: a stream is in colour unless the model's channels are given.
         is_gray, num_classes, size, sha256 = False, len(class_names or ()), None, None
     else:
-        data, is_gray, sha256 = check_images(args, data, accelerator)
+        rows, is_gray, sums = check_images(args, data, accelerator)
+        data = data.select(rows)
+        sha256 = json_sha256([sums, data["label"][:] if "label" in data.column_names else None])
         labels = data.unique("label") if "label" in data.column_names else [-1]
         num_classes, size = len(class_names) if class_names else max(labels) + 1, len(data)
     if args.num_classes is not None:
@@ -138,25 +139,6 @@ def load_latents(args: argparse.Namespace) -> TrainingData:
         raise BadInput(f"the data has {cache.num_classes} classes, so --num_classes cannot be {num_classes}")
     id2label = dict(enumerate(cache.class_names)) if cache.class_names and num_classes else None
     return TrainingData(cache, num_classes, id2label, False, len(cache), True, cache.manifest["settings_sha256"])
-
-
-def check_images(
-    args: argparse.Namespace, data: datasets.Dataset, accelerator: Accelerator
-) -> tuple[datasets.Dataset, bool, str]:
-    """The readable images, whether all of them are grayscale, and the sum of all files and their classes."""
-    # Each process checks its share.
-    share = data.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
-    report = inspect_images(share, args.dataloader_num_workers)
-    problems, is_gray = gather_object(report["problem"][:]), all(gather_object(report["is_gray"][:]))
-    broken = [problem for problem in problems if problem]
-    if broken and (args.on_broken_image == "stop" or len(broken) == len(problems)):
-        skip = "pass --on_broken_image skip to train on the others"
-        raise BadInput(f"{len(broken)} of {len(problems)} images cannot be read, the first is {broken[0]}: {skip}")
-    if broken:
-        data = data.select([row for row, problem in enumerate(problems) if not problem])
-        logger.warning("\n  ".join([f"Skipped {len(broken)} images, {len(data)} are left:", *broken]))
-    sums = [sum_ for sum_, problem in zip(gather_object(report["sha256"][:]), problems) if not problem]
-    return data, is_gray, json_sha256([sums, data["label"][:] if "label" in data.column_names else None])
 
 
 def collate_rows(rows: list[dict], size: int, channels: int, num_classes: int) -> dict:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from ..cli import BadData, BadInput, bad_input
 from ..files import json_sha256, weights_sha256
 from ..processes import end_together
 from .cache_writing import LatentCacheWriter, cache_settings
+from .checking import check_images
 from .features import REPAEncoder
-from .images import collate_images, inspect_images, load_labelled_images
+from .images import collate_images, load_labelled_images
 
 
 def load_images(
@@ -39,15 +39,8 @@ def load_images(
             args.label_column,
             args.cache_dir,
         )
-    share = data.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
-    problems = gather_object(inspect_images(share, args.dataloader_num_workers)["problem"][:])
-    broken = [problem for problem in problems if problem]
-    if broken and (args.on_broken_image == "stop" or len(broken) == len(problems)):
-        skip = "pass --on_broken_image skip to cache the others"
-        raise BadInput(f"{len(broken)} of {len(problems)} images cannot be read, the first is {broken[0]}: {skip}")
-    if broken and accelerator.is_main_process:
-        print("\n  ".join([f"Skipped {len(broken)} images:", *broken]), file=sys.stderr)
-    return data, [row for row, problem in enumerate(problems) if not problem], class_names
+    rows, _, _ = check_images(args, data, accelerator)
+    return data, rows, class_names
 
 
 def image_names(data: datasets.Dataset, folder: str | None) -> list[str]:

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 def _input_side(image: int, tokens: int, patch: int) -> int:
     """Pixels that the encoder sees along one side.
 
-    The most that the image has and whose patches fall on the transformer's tokens, one or several a token: 256 pixels
+    The most that the image has and whose patches fall on the transformer's tokens, one or several per token: 256 pixels
     and 16 tokens make 224 for patches of 14, as in the paper. A grid finer than the encoder's own takes all it has.
     """
     aligned = image // (tokens * patch) * (tokens * patch)

@@ -29,7 +29,7 @@ class ShuffledStream:
         batch_size (`int`): rows of a batch.
         buffer_size (`int`): rows of a block.
         seed (`int`): of the order of the shards, which changes each epoch, and of the rows in a block.
-        state (`str`, *optional*): to go on from.
+        state (`str`, *optional*): to resume from.
     """
 
     def __init__(
