@@ -86,7 +86,7 @@ def main() -> None:
     loading, total = (sum(times) for times in zip(*measure_loading(**vars(args))))
     print(
         f"DoD-{args.preset}/2, batch of {args.batch_size}, {args.device}, {args.num_workers} workers: loading "
-        f"{1e3 * loading / args.steps:.2f} ms of {1e3 * total / args.steps:.0f} ms a step, {loading / total:.3%}"
+        f"{1e3 * loading / args.steps:.2f} ms of {1e3 * total / args.steps:.0f} ms per step, {loading / total:.3%}"
     )
 
 

@@ -1,7 +1,7 @@
 """Everything about a GPU in one command: `make gpu-check`, or `python benchmarks/gpu_check.py`. It needs no network.
 
 Runs `tests/test_gpu.py` and the groups of `bench.py` that matter on a GPU, each part in a process of its own, and keeps what
-is done in one JSON file: the same command goes on with what is missing, or what failed. No part starts after `--minutes`, for
+is done in one JSON file: the same command resumes with what is missing or failed. No part starts after `--minutes`, for
 machines that are lent by the piece. Prints rows for the table of `NOTES.md`.
 
 `--tiny --device cpu` runs the same parts with next to nothing in them, and says which ones need a GPU.

@@ -46,7 +46,7 @@ def training_rows(args) -> dict[str, Ratio]:
 
 
 def depth_rows(args) -> dict[str, Ratio]:
-    """The embedder beside a backbone of full depth, 30 guided steps a stage."""
+    """The embedder beside a backbone of full depth, 30 guided steps per stage."""
     batch = 2 if args.device == "cpu" else args.batch_size
     transformer, embedder = make_models("B", None, args.device)
     their_step = backbone_step(make_dit(len(transformer.transformer_blocks), args.device), batch, args.device)

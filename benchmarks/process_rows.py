@@ -62,8 +62,8 @@ def memory_rows(args) -> dict[str, Ratio | float]:
     memory, times = zip(*measured)
     return {
         "train step, checkpointing / without (best of 3)": Ratio.of_pairs([times]),
-        "memory that a step adds, checkpointing, MB an image": memory[0] / args.batch_size / 1e6,
-        "memory that a step adds, without, MB an image": memory[1] / args.batch_size / 1e6,
+        "memory that a step adds, checkpointing, MB per image": memory[0] / args.batch_size / 1e6,
+        "memory that a step adds, without, MB per image": memory[1] / args.batch_size / 1e6,
     }
 
 

@@ -39,7 +39,7 @@ def draw() -> str:
         if stage < 2:
             parts += [
                 arrow((x + 150, 207), (x + 190, 207), (x + 190, 182)),
-                box(x + 185, 134, 100, 46, PRIOR, "embedder,", "once a stage"),
+                box(x + 185, 134, 100, 46, PRIOR, "embedder,", "once per stage"),
                 arrow((x + 285, 150), (x + 299, 150)),
             ]
     parts.append(label(105, 245, "sees the class only"))
@@ -59,7 +59,7 @@ def draw() -> str:
         arrow((390, 405), (418, 405)),
         box(420, 382, 100, 46, PRIOR, "decoder", "(ViT)"),
         arrow((520, 405), (620, 405), (620, 360)),
-        label(335, 450, "a few numbers a token, for half of the rows; the others go without"),
+        label(335, 450, "a few numbers per token, for half of the rows; the others go without"),
         box(580, 312, 130, 46, MODEL, "transformer"),
         arrow((710, 335), (758, 335)),
         box(760, 312, 110, 46, "#ffffff", "loss"),

@@ -329,7 +329,7 @@ def convert_backbone(
 ) -> DoDTransformer2DModel:
     r"""A DoD backbone that computes in stage 1 what the checkpoint's own model does.
 
-    Width, depth, patch size, classes, feed-forward, modulation, learned sigma and the position table's grid are read off
+    Width, depth, patch size, classes, feed-forward, modulation, learned sigma and the position table's grid are inferred from
     the tensors. What no tensor tells is taken to be as in the published models: a linear path and velocity prediction
     for SiT, REPA and FiTv2, a null class in the last row of the class table, parameter-free LayerNorm on queries and keys
     and plain rotary positions for FiTv2.

@@ -50,7 +50,7 @@ class CheckpointTensors:
         self.misshapen: list[str] = []
 
     def shape(self, name: str, ndim: int) -> torch.Size:
-        """Shape of a tensor that the model's size is read off."""
+        """Shape of a tensor that the model's size follows from."""
         if name not in self.left:
             raise ValueError(f"the checkpoint has no tensor {name}, so it is of another source or incomplete.")
         shape = self.left[name].shape

@@ -17,7 +17,7 @@ from ..viz.codes import stage_code_maps
 
 @dataclass
 class Drawing:
-    """What to draw. Lists have one entry a stage, also for the stage 1 that a picture replaces.
+    """What to draw. Lists have one entry per stage, also for the stage 1 that a picture replaces.
 
     Args:
         class_id (`int`, *optional*): `None` is no class.

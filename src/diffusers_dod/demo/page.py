@@ -76,7 +76,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     source = None if pipe.code_transformer is None else "stage"
 
     def show_rows(num_stages: int, picture: str | None) -> list:
-        """One row a stage that runs; a picture needs a stage 2, and is looked at right away."""
+        """One row per stage that runs; a picture needs a stage 2, and is looked at right away."""
         first, preview = 1, ""
         if picture is not None:
             first, num_stages = 2, max(num_stages, 2)
@@ -119,7 +119,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         gr.Markdown(
             "# Diffusion on Diffusion\n"
             "Stage 1 sees the class only. Each later stage starts again from noise and also sees *codes*: the few numbers "
-            "that the embedder reads off the picture before, shown as a small map above it."
+            "that the embedder extracts from the picture before, shown as a small map above it."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):

@@ -10,7 +10,7 @@ SPREAD = 2.0  # standard deviations from the mean to black or full colour
 
 
 def code_maps(codes: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
-    """Small pictures of codes, one pixel a token: red, green and blue are their first three principal components.
+    """Small pictures of codes, one pixel per token: red, green and blue are their first three principal components.
 
     The components are of all samples together, so a colour means the same in all maps of one call. Each is scaled by its
     own standard deviation; one that the codes do not have stays at half.
@@ -43,7 +43,7 @@ def code_maps(codes: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
 
 @torch.no_grad()
 def stage_code_maps(pipe: DoDPipeline, stages: list[torch.Tensor]) -> list[list[Image.Image]]:
-    """What the pipeline's embedder reads off each stage, which is all that the next stage is told of it.
+    """What the pipeline's embedder extracts from each stage, which is all that the next stage is told of it.
 
     Args:
         pipe ([`DoDPipeline`]): the pipeline that drew the samples.

@@ -14,7 +14,7 @@ GAP = 2  # pixels around a tile of a titled grid
 def stage_grid(
     stages: list[list[Image.Image]], labels: list[str] | None = None, first_stage: int = 1, scale: int | None = None
 ) -> Image.Image:
-    """One RGB picture of all stages: one row a stage, one column a sample.
+    """One RGB picture of all stages: one row per stage, one column per sample.
 
     Args:
         stages (`list` of `list` of `PIL.Image.Image`):
