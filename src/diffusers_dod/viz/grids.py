@@ -12,7 +12,11 @@ GAP = 2  # pixels around a tile of a titled grid
 
 
 def stage_grid(
-    stages: list[list[Image.Image]], labels: list[str] | None = None, first_stage: int = 1, scale: int | None = None
+    stages: list[list[Image.Image]],
+    labels: list[str] | None = None,
+    first_stage: int = 1,
+    scale: int | None = None,
+    row_names: list[str] | None = None,
 ) -> Image.Image:
     """One RGB picture of all stages: one row per stage, one column per sample.
 
@@ -23,6 +27,7 @@ def stage_grid(
             Titles of the columns, cut to their width; the rows are then titled too. By default there is no text.
         first_stage (`int`, defaults to 1): The first row's number, 2 for samples of a picture as the prior.
         scale (`int`, *optional*): Whole factor that enlarges a picture; by default the least that makes it 84 pixels.
+        row_names (`list` of `str`, *optional*): Titles of the rows, in the place of the stages' numbers.
 
     Raises:
         ValueError: if there is no picture, or the rows or the labels differ in length.
@@ -44,7 +49,7 @@ def stage_grid(
 
     width, height = tiles[0].size
     font = ImageFont.load_default(FONT_SIZE)
-    names = [f"stage {first_stage + i}" for i in range(len(stages))]
+    names = row_names or [f"stage {first_stage + i}" for i in range(len(stages))]
     left, top = math.ceil(max(map(font.getlength, names))) + 12, FONT_SIZE + 10
     titled = Image.new("RGB", (left + grid.width, top + grid.height), "white")
     titled.paste(grid, (left, top))

