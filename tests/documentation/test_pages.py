@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -64,7 +65,9 @@ REPLACED = [
 ]
 # Words of a Python command, what is appended to it, and why; later options win.
 CUT = [
-    ("examples/quickstart.py", ["--minutes", "0.01", "--num_samples", "20"], "size"),
+    ("examples/quickstart.py", ["--steps", "30", "--num_samples", "20"], "size"),
+    ("study/write_images.py", ["--source", "fonts"], "two of the typefaces that Debian's packages have"),
+    ("examples/train_autoencoder.py", ["--max_train_steps", "2"], "size"),
     ("diffusers_dod train", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train-codes", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
@@ -114,6 +117,9 @@ def lay_out(folder: Path, page: str) -> None:
     write_digits(folder / "path/to/images", counts=(9, 9, 9))
     random = np.random.default_rng(0)
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=random.integers(0, 256, (12, 32, 32, 3), np.uint8))
+    (folder / "fonts").mkdir()
+    for font in ("DejaVuSans", "STIXGeneral"):
+        shutil.copy(Path(matplotlib.get_data_path(), "fonts/ttf", f"{font}.ttf"), folder / "fonts")
     save_file(load_original("fitv2").weights, folder / "tiny.safetensors")
     torch.save(load_original("dit").weights, folder / "tiny.pt")
     if page == "README.md":
@@ -165,7 +171,8 @@ def run_page(text: str, page: str, commands, tmp_path: Path) -> None:
     shutil.copytree(
         programs / "bin", folder / ".venv/bin", copy_function=lambda source, target: os.symlink(source, target)
     )
-    (folder / ".venv/installed").touch()
+    for target in ("quickstart", "installed"):
+        (folder / ".venv" / target).touch()
     listed = []
     for line, language, block in blocks(text):
         for old, new, _ in REPLACED:

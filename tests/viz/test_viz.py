@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image, ImageColor
-from quickstart import save_grid
 from torch.utils.tensorboard import SummaryWriter
 
 from diffusers_dod.viz import code_maps, plot_curves, read_scalars, stage_code_maps, stage_differences, stage_grid
@@ -168,13 +167,3 @@ def test_the_command_makes_the_same_pictures_again(tmp_path, capsys):
 
     assert main([*options, "--output_dir", str(tmp_path / "d"), "--classes", "name 44"]) == 2
     assert "name 4" in capsys.readouterr().err and not (tmp_path / "d").exists()
-
-
-def test_the_quickstart_shows_ten_digits_enlarged(tmp_path):
-    stages = [torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(3)]
-    save_grid(stages, tmp_path / "stages.png")
-    grid = np.asarray(Image.open(tmp_path / "stages.png").convert("L"))
-    assert grid.shape == (3 * 84, 10 * 84)
-    expected = torch.stack([stage[:10, 0] for stage in stages]).permute(0, 2, 1, 3).reshape(84, 280)
-    expected = ((expected + 1) * 127.5).round().byte().numpy().repeat(3, axis=0).repeat(3, axis=1)
-    assert np.array_equal(grid, expected)
