@@ -81,7 +81,7 @@ def test_a_recipe_builds_models_of_the_size_that_it_states(recipe, tmp_path):
 @pytest.mark.parametrize("recipe", CODE_RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_of_a_code_model_is_that_of_its_pipeline(recipe):
     args = parse_code_args(["pipeline", "--recipe", str(recipe), "--output_dir", "x", "--train_data_dir", "x"])
-    assert args.code_config == {"num_layers": 3, "num_attention_heads": 6, "attention_head_dim": 32}
+    assert set(args.code_config) == {"num_layers", "num_attention_heads", "attention_head_dim"}
     assert recipe.with_stem(recipe.stem.removesuffix("_codes")).exists()
 
 
