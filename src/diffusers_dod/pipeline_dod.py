@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -93,10 +93,10 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         transformer: ModelMixin,
         latent_embedder: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
-        id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
-        code_transformer: Optional[ModelMixin] = None,  # noqa: UP045
-        code_scheduler: Optional[SchedulerMixin] = None,  # noqa: UP045
+        vae: ModelMixin | None = None,
+        id2label: dict[Any, str] | None = None,
+        code_transformer: ModelMixin | None = None,
+        code_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers.loaders.peft as diffusers_peft
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,12 +24,6 @@ from .layers import (
     patchify,
     sincos_embedding_2d,
     unpatchify,
-)
-
-
-# `set_adapters` of some diffusers releases (0.36, 0.37) knows the models of this table only; others need no entry.
-getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
-    "DoDTransformer2DModel", lambda model, weights: weights
 )
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import diffusers
 import pytest
 import yaml
 
@@ -115,8 +114,6 @@ def test_every_cell_of_the_support_matrix_names_a_test():
                 # A head, nothing, or what is said to be untested
                 assert cell in ("", "no") or "](" not in cell and row in heads(rows), (row, cell)
     assert len(named) > 100
-    if not hasattr(diffusers, "AutoencoderRAE"):  # came after 0.36, the oldest version supported
-        named = {name for name in named if "rae" not in name}
     collection = Collection()
     files = sorted({name.partition("::")[0] for name in named})
     pytest.main(
