@@ -27,6 +27,16 @@ from .layers import (
 )
 
 
+# Private names of diffusers: without one its form of parallelism is off.
+try:
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+except ImportError:
+    ContextParallelInput = ContextParallelOutput = None
+try:
+    from diffusers.hooks.tensor_parallel import PackedColwiseParallel  # from 0.40
+except ImportError:
+    PackedColwiseParallel = None
+
 # JiT's bound on the denominator of the velocity that a clean sample implies.
 LEAST_SIGMA = 0.05
 
@@ -105,6 +115,21 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
     _no_split_modules = ["DoDTransformerBlock"]
     _repeated_blocks = ["DoDTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "norm", "adaln"]
+    # Processes share the tokens between the first block and the last: the prior is in them by then.
+    _cp_plan = ContextParallelInput and {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "transformer_blocks.*": {"rotary_emb": [ContextParallelInput(split_dim=0, expected_dims=2)] * 2},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    # Processes share the heads and the feed-forward's width. Modulation and norms are whole in each.
+    _tp_plan = PackedColwiseParallel and {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": PackedColwiseParallel(),
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
 
     @register_to_config
     def __init__(
