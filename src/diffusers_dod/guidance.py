@@ -94,18 +94,16 @@ class StageGuidance:
         self._num_branches = len(branches)
         outputs: list[torch.Tensor] = []
         for _, group in groupby(branches, key=lambda branch: id(branch.transformer)):
-            outputs += forward(list(group), model_input, timestep, "denoise")
+            outputs += forward(list(group), model_input, timestep)
         return outputs
 
 
-def forward(
-    branches: list[Branch], model_input: torch.Tensor, timestep: torch.Tensor, cache_context: str
-) -> list[torch.Tensor]:
+def forward(branches: list[Branch], model_input: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
     """Outputs of branches of the same model, in one forward."""
     transformer = branches[0].transformer
     class_labels = torch.cat([branch.class_labels for branch in branches])
     priors = [branch.prior_tokens for branch in branches if branch.prior_tokens is not None]
-    with transformer.cache_context(cache_context):
+    with transformer.cache_context("denoise"):
         output = transformer(
             torch.cat([model_input] * len(branches)),
             timestep=timestep.expand(len(class_labels)),
@@ -231,7 +229,7 @@ class GuiderGuidance(StageGuidance):
                             f"{type(guider).__name__} of this diffusers release changes its layers only beside guidance by the "
                             "class: give it a `guidance_scale` other than 1, and a `start` and `stop` around its other ones."
                         )
-                    outputs += forward([branch], model_input, timestep, name)
+                    outputs += forward([branch], model_input, timestep)
                 finally:
                     guider.cleanup_models(branch.transformer)
         for batch, output in zip(batches, outputs):
@@ -267,6 +265,11 @@ def check_guidance(
             )
         return
     check_guider(guider, transformer)
+    if weak_transformer is not None and changes_layers(guider):
+        raise ValueError(
+            f"{type(guider).__name__} makes a weaker model by changing layers, and `weak_transformer` is one: leave one of them "
+            "out."
+        )
     for name, value in (
         ("guidance_scale", guidance_scale),
         ("prior_guidance_scale", prior_guidance_scale),
@@ -295,9 +298,13 @@ def check_guider(guider: Any, transformer: ModelMixin) -> None:
             if isinstance(config.indices, int):
                 raise ValueError(
                     f"{name} has the layer {config.indices} where diffusers needs a list: make it with "
-                    f"a configuration, `{type(config).__name__}(indices=[{config.indices}])`."
+                    f"`{argument}` as a `{type(config).__name__}(indices=[{config.indices}])`, without its argument of layers."
                 )
     if changes_layers(guider):
+        if transformer.is_cache_enabled:
+            raise ValueError(
+                f"{name} changes layers, whose outputs a cache keeps: call `pipe.transformer.disable_cache()`."
+            )
         guider.set_state(step=0, num_inference_steps=1, timestep=None)
         guider.prepare_models(transformer)
         if guider._count_prepared != 1:
