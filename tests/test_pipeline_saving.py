@@ -97,6 +97,8 @@ def test_components_make_another_pipeline():
         "vae",
         "code_transformer",
         "code_scheduler",
+        "guider",
+        "weak_transformer",
     }
     assert torch.equal(sample(other), sample(pipe))
     assert other.labels == pipe.labels

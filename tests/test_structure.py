@@ -11,7 +11,7 @@ PACKAGE = Path(diffusers_dod.__file__).parent
 # From the ground up; a package stands for all of its modules.
 LEVELS = [
     ["layers", "autoencoding", "pictures", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
-    ["transformer_dod", "latent_embedder_dod", "labels", "priors"],
+    ["transformer_dod", "latent_embedder_dod", "labels", "priors", "guidance"],
     ["compatibility"],
     ["repository"],
     ["hub"],

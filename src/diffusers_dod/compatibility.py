@@ -63,6 +63,29 @@ def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: A
         )
 
 
+def check_weak_model(weak_transformer: Any, transformer: Any) -> None:
+    """Compares a weaker model for autoguidance with the model that it guides; both are configs.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    width, weak_width = (
+        config.num_attention_heads * config.attention_head_dim for config in (transformer, weak_transformer)
+    )
+    for what, weak_value, value in (
+        ("`in_channels`", weak_transformer.in_channels, transformer.in_channels),
+        ("`patch_size`", weak_transformer.patch_size, transformer.patch_size),
+        ("`num_classes`", weak_transformer.num_classes, transformer.num_classes),
+        ("`prediction_type`", weak_transformer.prediction_type, transformer.prediction_type),
+        ("width", weak_width, width),
+    ):
+        if weak_value != value:
+            raise ValueError(
+                f"The weak transformer's {what} is {weak_value} but the transformer's is {value}: they see the same latents, "
+                "classes and prior tokens, so load an earlier checkpoint of it, or one of fewer layers."
+            )
+
+
 def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a scheduler's config that its class reads.
 

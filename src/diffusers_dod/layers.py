@@ -266,6 +266,24 @@ class DoDTransformerBlock(nn.Module):
         return hidden_states + gate_ff * feed_forward_output
 
 
+# First-block and magnitude caching and the guiders that skip layers look both up in registries, which diffusers fills with
+# its own models only and does not export.
+try:
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
+except ImportError:
+    pass  # they say which class is missing
+else:
+    TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    AttentionProcessorRegistry.register(
+        DoDAttnProcessor, AttentionProcessorMetadata(lambda attn, hidden_states, *args, **kwargs: hidden_states)
+    )
+
+
 class DoDViTBlock(nn.Module):
     """A pre-norm ViT block of the latent embedder: the backbone's attention and feed-forward, without modulation."""
 

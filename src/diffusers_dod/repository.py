@@ -278,6 +278,8 @@ class DoDRepositoryMixin:
         weights = kwargs
         if push_to_hub:
             weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
+        # diffusers leaves out what was None at first and was set later, such as a guider.
+        self.register_modules(**{name: getattr(self, name) for name in self._optional_components})  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             index_file = Path(save_directory, INDEX_NAME)

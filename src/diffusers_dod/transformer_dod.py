@@ -230,11 +230,6 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
                 "FasterCache would drop the unguided half of a batch without its `class_labels`: pass "
                 "`is_guidance_distilled=True`, which keeps the batch whole and only skips attention."
             )
-        # First-block and magnitude caching look the block up in this registry, which diffusers fills with its own
-        # models only and does not export; every other cache works without it.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
     def forward(

@@ -14,7 +14,7 @@ import diffusers_dod
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("model_card.md",)]
 SOURCES = [path for top in ("src", "examples", "study", "benchmarks") for path in ROOT.glob(f"{top}/**/*.py")]
-CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/[\w/]+\.py) "([^"]+)"\)( ¹)?')
+CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/[\w/]+\.py) "([^"]+)"\)( [¹²])?')
 
 
 def without_code(text: str) -> str:
