@@ -8,7 +8,7 @@ from pathlib import Path
 TARGET = Path(__file__).parent / "api.md"
 MODULES = {
     "diffusers_dod": ["DoDPipeline", "DoDPipelineOutput", "DoDTransformer2DModel", "DoDLatentEmbedder"]
-    + ["DoDLatentEmbedderOutput"],
+    + ["DoDLatentEmbedderOutput", "DoDStages"],
     "diffusers_dod.training": None,
     "diffusers_dod.presets": None,
     "diffusers_dod.conversion": ["convert_backbone", "convert_checkpoint"],

@@ -13,9 +13,10 @@ LEVELS = [
     ["layers", "autoencoding", "pictures", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
     ["transformer_dod", "latent_embedder_dod", "labels", "priors", "guidance"],
     ["compatibility"],
+    ["denoising"],
     ["repository"],
     ["hub"],
-    ["pipeline_dod"],
+    ["pipeline_dod", "modular_dod"],
     ["__init__"],
     ["data"],
     ["evaluation", "viz"],
@@ -24,7 +25,7 @@ LEVELS = [
     ["__main__"],
 ]
 # What a reader of the method needs
-METHOD = [name for names in LEVELS[:6] for name in names]
+METHOD = [name for names in LEVELS[:7] for name in names]
 METHOD = sorted({*METHOD} - {"randomness", "files", "cli", "processes", "_lazy", "hub"})
 
 

@@ -1,6 +1,5 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -25,13 +23,14 @@ from .arguments import (
     check_per_stage,
     check_sample,
     check_scales,
+    check_size,
     check_steps,
     check_tensor,
-    is_count,
     per_stage,
 )
-from .autoencoding import decode_latents, vae_spatial_factor
-from .compatibility import check_code_model, check_components, check_scheduler, check_weak_model, keeps_variance
+from .autoencoding import decode_latents, make_image_processor, vae_spatial_factor
+from .compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from .denoising import Denoising
 from .guidance import DEFAULT_INTERVAL, GuiderGuidance, ScaleGuidance, StageGuidance, check_guidance
 from .labels import ClassLabelsMixin, synonyms
 from .priors import PriorImage, PriorInputsMixin
@@ -130,14 +129,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_code_model(code_transformer.config, transformer.config, latent_embedder.config)
         if weak_transformer is not None:
             check_weak_model(weak_transformer.config, transformer.config)
-        channels = transformer.config.in_channels
         self.spatial_factor = vae_spatial_factor(vae)
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.spatial_factor * transformer.config.patch_size,
-            vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
-            do_convert_rgb=vae is not None or channels == 3,
-            do_convert_grayscale=vae is None and channels == 1,
-        )
+        self.image_processor = make_image_processor(vae, transformer.config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
@@ -233,11 +226,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         patch_size = self.transformer.config.patch_size
         if num_stages > 1 or prior_source == "codes":  # or a size that only the embedder cannot cut would fail late
             patch_size = math.lcm(patch_size, self.latent_embedder.config.patch_size)
-        multiple = self.spatial_factor * patch_size
-        if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
-            raise ValueError(
-                f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
-            )
+        check_size(height, width, self.spatial_factor * patch_size)
         if latents is not None:
             check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
@@ -324,31 +313,16 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """Runs one stage, or the code model, from standard normal noise to its sample, with the scales of the moment."""
-        # Every stage starts the scheduler anew: multistep ones remember earlier predictions.
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
-        # Only now, because a scheduler's noise scale may depend on its steps.
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        timesteps = scheduler.timesteps
-        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
-        step_parameters = inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
-        has_variance = keeps_variance(type(scheduler), scheduler.config)
+        run = Denoising(scheduler, latents, num_inference_steps, generator)
+        latents = run.latents
+        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(run.timesteps)
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.progress_bar(total=len(run.timesteps)) as progress_bar:
             stage = f"Stage {self._current_stage}/{self._num_stages}" if self._current_stage else "Codes"
             progress_bar.set_description(stage)
-            for i, timestep in enumerate(timesteps):
+            for i, timestep in enumerate(run.timesteps):
                 self._current_timestep = timestep
-                model_input = latents
-                if hasattr(scheduler, "scale_model_input"):
-                    model_input = scheduler.scale_model_input(latents, timestep)
-                prediction, variance = guidance(model_input, timestep, i, len(timesteps), class_ids, prior_tokens)
-                if has_variance:
-                    prediction = torch.cat([prediction, variance], dim=1)
-                latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-
+                latents = run.step(i, latents, guidance, class_ids, prior_tokens)
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
                     for name in callback_on_step_end_tensor_inputs:

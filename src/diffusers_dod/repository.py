@@ -6,9 +6,11 @@
     latent_embedder/                        config.json, safetensors, latent_embedder_dod.py
     code_transformer/                       the same as transformer/, where there is a code model
     scheduler/, code_scheduler/, vae/       classes of diffusers, as in its other pipelines
+    block.py, modular_config.json           blocks of Modular Diffusers, with all code that they need
+    modular_model_index.json                their components
 
-`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the code that is carried. `DoDPipeline` never does:
-it takes the models' classes from beside itself, whatever module the index names.
+`DiffusionPipeline` and `ModularPipeline` run the code that is carried, with `trust_remote_code=True` only. `DoDPipeline`
+never does: it takes the models' classes from beside itself, whatever module the index names.
 """
 
 import ast
@@ -20,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
@@ -27,6 +30,10 @@ from safetensors import safe_open
 
 INDEX_NAME = "model_index.json"
 MODEL_FILES = {"DoDTransformer2DModel": "transformer_dod", "DoDLatentEmbedder": "latent_embedder_dod"}
+# Of the blocks: their file in this package and in a repository, their module's name wherever it was loaded from, and
+# diffusers' names of what describes them.
+BLOCKS_SOURCE, BLOCK_NAME, BLOCK_MODULE = "modular_dod.py", "block.py", "diffusers_dod_block"
+BLOCK_CONFIG_NAME, MODULAR_INDEX_NAME = "modular_config.json", "modular_model_index.json"
 
 
 def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
@@ -37,12 +44,15 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     inlined = set() if inlined is None else inlined
     source = file.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
+    texts = []
+    # In their order: a module stands where it is first needed.
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
             is_new = node.module not in inlined
             inlined.add(node.module)
-            text = standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""
-            lines[node.lineno - 1 : node.end_lineno] = [text]
+            texts.append((node, standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""))
+    for node, text in reversed(texts):
+        lines[node.lineno - 1 : node.end_lineno] = [text]
     return "".join(lines)
 
 
@@ -59,7 +69,46 @@ def carried_code(index: dict[str, Any], pipeline_file: str | None = None) -> dic
         if isinstance(entry, list) and entry[1] in MODEL_FILES:
             name = f"{MODEL_FILES[entry[1]]}.py"
             code[f"{component}/{name}"] = standalone_source(file.with_name(name))
+    blocks = file.with_name(BLOCKS_SOURCE)
+    if blocks.is_file():  # a repository's own pipeline has no blocks beside it
+        code[BLOCK_NAME] = standalone_source(blocks)
     return code
+
+
+def modular_files(index: dict[str, Any], source: str | None, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """What diffusers must know of the blocks, by the name of its file.
+
+    Args:
+        index (`dict`): what `model_index.json` holds.
+        source (`str`, *optional*): folder or repository from which the components are loaded.
+        revision (`str`, *optional*): its branch.
+    """
+    modular_index = {
+        "_class_name": "ModularPipeline",
+        "_blocks_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": index.get("id2label"),
+    }
+    for component, entry in index.items():
+        if isinstance(entry, list) and not component.startswith("_") and entry[0] is not None:
+            where = {"pretrained_model_name_or_path": source, "subfolder": component, "revision": revision}
+            hint = modular_class(*entry)
+            modular_index[component] = [*hint, {**where, "variant": None, "type_hint": hint}]
+    config = {
+        "_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "auto_map": {"ModularPipelineBlocks": "block.DoDStages"},
+    }
+    return {BLOCK_CONFIG_NAME: config, MODULAR_INDEX_NAME: modular_index}
+
+
+def modular_class(library: str, name: str) -> list[str]:
+    """How `modular_model_index.json` names a class: ours by the blocks' module, which is loaded by then."""
+    return [BLOCK_MODULE if name in MODEL_FILES else library, name]
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
@@ -284,9 +333,13 @@ class DoDRepositoryMixin:
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             index_file = Path(save_directory, INDEX_NAME)
             index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
-            for path, text in carried_code(index, str(sys.modules[type(self).__module__].__file__)).items():
+            code = carried_code(index, str(sys.modules[type(self).__module__].__file__))
+            for path, text in code.items():
                 Path(save_directory, path).write_text(text, encoding="utf-8")
-            index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(index_file, index)
+            if BLOCK_NAME in code:
+                for name, value in modular_files(index, str(save_directory)).items():
+                    write_json(Path(save_directory, name), value)
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs

@@ -318,10 +318,14 @@ def test_newest_sample_grid_is_the_picture(folder):
 def test_carried_code_is_the_packages_own():
     """Every line of the modules is carried but for the imports among them, and nothing else is."""
     package = Path(DoDPipeline.save_pretrained.__code__.co_filename).parent
+    models = ["arguments", "layers"]
+    pipeline = ["arguments", "autoencoding", "compatibility", "denoising", "guidance", "labels", "pictures", "priors"]
+    pipeline += ["repository"]
     for root, parts in {
-        "pipeline_dod": ["arguments", "autoencoding", "compatibility", "labels", "pictures", "priors", "repository"],
-        "transformer_dod": ["arguments", "layers"],
-        "latent_embedder_dod": ["arguments", "layers"],
+        "pipeline_dod": pipeline,
+        "transformer_dod": models,
+        "latent_embedder_dod": models,
+        "modular_dod": [*pipeline, "transformer_dod", "latent_embedder_dod", "layers"],
     }.items():
         carried = standalone_source(package / f"{root}.py")
         compile(carried, root, "exec")
