@@ -121,6 +121,7 @@ def test_push_is_one_commit_that_passes_the_check(hub, pushed, capsys):
     assert len(hub.repositories["user/model"].commits) == 2  # the empty repository's and the push's
     files = hub.files("user/model")
     assert {"README.md", "model_index.json", "pipeline.py", "transformer/transformer_dod.py"} <= set(files)
+    assert {"block.py", "modular_config.json", "modular_model_index.json"} <= set(files)
     assert "transformer/diffusion_pytorch_model.fp16.safetensors" in files
     assert not any(b"/home/me" in content or str(folder).encode() in content for content in files.values())
     assert main(["check", str(folder), "--license", "mit"]) == 0, capsys.readouterr().out
@@ -161,12 +162,13 @@ def test_machine_without_the_package_gets_the_same_images(hub, pushed, tmp_path)
     np.save(numpy_file, images)
     code = f"""
         import sys
-        from diffusers import DiffusionPipeline
-        try:
-            DiffusionPipeline.from_pretrained("user/model")
-            raise SystemExit("it was loaded without trust")
-        except ValueError as error:
-            assert "trust_remote_code=True" in str(error), error
+        from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModularPipeline
+        for kind in (DiffusionPipeline, ModularPipeline):
+            try:
+                kind.from_pretrained("user/model")
+                raise SystemExit("it was loaded without trust")
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error), error
         assert not any("diffusers_modules" in name for name in sys.modules)
         pipe = again(DiffusionPipeline.from_pretrained, "user/model", trust_remote_code=True)
         assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
@@ -177,6 +179,15 @@ def test_machine_without_the_package_gets_the_same_images(hub, pushed, tmp_path)
         # The pipeline's own class loads, too.
         pipe = type(pipe).from_pretrained({again!r})
         assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+        # The same as blocks.
+        modular = ModularPipeline.from_pretrained("user/model", trust_remote_code=True)
+        modular.load_components()
+        modular.update_components(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+        pipe.guider = modular.guider
+        options = {{"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}}
+        images = modular(class_labels=["Hüpfball", 1], output="images", **options)
+        assert numpy.array_equal(images, sample(pipe, guidance_scale=None))
+        assert not numpy.array_equal(images, numpy.load({numpy_file!r}))
     """
     done = run_code(hub, tmp_path / "home", WITHOUT_PACKAGE + textwrap.dedent(code))
     assert not hub.cut_download
@@ -232,6 +243,8 @@ def test_ways_of_loading_with_the_package(hub, pushed, tmp_path):
     """
     run_code(hub, tmp_path / "home", code)
     assert hub.files("user/sharded", "main") == {}  # the branch has it, `main` is as it was
+    modular = json.loads(hub.files("user/sharded", "v2")["modular_model_index.json"])["transformer"][2]
+    assert (modular["pretrained_model_name_or_path"], modular["revision"]) == ("user/sharded", "v2")
     offline = f"""
         from diffusers_dod import DoDPipeline
         pipe = DoDPipeline.from_pretrained("user/model")
@@ -505,6 +518,9 @@ OLD = {
     "LICENSE": False,
     ".gitattributes": False,
     "vaes/other.json": False,
+    "block.py": True,
+    "modular_config.json": True,
+    "modular_model_index.json": True,
     "extra/pipeline.py": False,
     "transformer.txt": False,
     "pytorch_lora_weights.safetensors": False,
