@@ -103,7 +103,8 @@ class Collection:
 
 
 def test_every_cell_of_the_support_matrix_names_a_test():
-    rows = [row for row in (ROOT / "docs/support.md").read_text().splitlines() if row.startswith("| ")]
+    page = re.sub("<!-- benchmarks/.*?<!-- end -->", "", (ROOT / "docs/support.md").read_text(), flags=re.DOTALL)
+    rows = [row for row in page.splitlines() if row.startswith("| ")]
     named = set()
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
