@@ -187,6 +187,22 @@ def check_weights(folder: str, passed_components: set[str], source: str, variant
             )
 
 
+def check_not_a_checkpoint(folder: str) -> None:
+    """Refuses a trainer's `checkpoint-N`, which has the models that are trained and their state.
+
+    Raises:
+        ValueError: with where the run's pipeline is.
+    """
+    has_index = Path(folder, INDEX_NAME).exists()
+    if not has_index and Path(folder, "training_config.json").exists() and Path(folder, "checksums.json").exists():
+        run = Path(folder).resolve().parent
+        raise ValueError(
+            f"{folder} is a checkpoint of a training run, whose pipeline is in {run} once the run has ended. Load that, and this "
+            f"step's model in it: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel.from_pretrained("
+            f"{folder!r}, subfolder='transformer'))`, with the `latent_embedder` likewise."
+        )
+
+
 def _tensor_names(component: Path, variant: str | None) -> set[str]:
     """Names of the tensors in the files of a variant, or of the default one where it is not there."""
     of_variant = list(component.glob(f"*.{variant}[.-]*")) if variant is not None else []
@@ -220,6 +236,7 @@ class DoDRepositoryMixin:
         source = str(pretrained_model_name_or_path)
         kwargs.pop("trust_remote_code", None)
         folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
+        check_not_a_checkpoint(folder)
         if kwargs.setdefault("use_safetensors", True):
             check_weights(folder, set(kwargs), source, kwargs.get("variant"))
         pipeline = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
