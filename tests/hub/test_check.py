@@ -319,9 +319,8 @@ def test_carried_code_is_the_packages_own():
     """Every line of the modules is carried but for the imports among them, and nothing else is."""
     package = Path(DoDPipeline.save_pretrained.__code__.co_filename).parent
     for root, parts in {
-        "pipeline_dod": ["arguments", "autoencoding", "compatibility", "labels", "pictures", "priors", "repository"],
-        "transformer_dod": ["arguments", "layers"],
-        "latent_embedder_dod": ["arguments", "layers"],
+        "pipeline_dod": "adapters arguments autoencoding compatibility guidance labels pictures priors repository".split(),
+        "models_dod": ["transformer_dod", "latent_embedder_dod", "arguments", "layers"],
     }.items():
         carried = standalone_source(package / f"{root}.py")
         compile(carried, root, "exec")
@@ -349,7 +348,7 @@ def test_compiled_pipeline_carries_its_code(tmp_path):
     pipe = tiny_pipeline()
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "transformer_dod"
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "diffusers_dod"
     DoDPipeline.from_pretrained(tmp_path)
 
 

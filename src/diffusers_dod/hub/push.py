@@ -15,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..cli import first_line
-from ..repository import INDEX_NAME, carried_code, index_with_code, resolve_index
+from ..compatibility import DTYPE_ARGUMENT
+from ..repository import CARRIED_NAME, INDEX_NAME, carried_code, index_with_code, resolve_index
 from .card import EVALUATION_NAME, TRAINING_NAME, build_card, build_lora_card, read_evaluation, read_json, read_object
 from .check import CARD_NAME, PACKAGE, PARTS, check_folder, component_classes, find_stage_grid, is_model, list_files
 
@@ -51,7 +52,8 @@ def write_variant(folder: Path, variant: str, target: Path) -> None:
     """
     for name, cls in component_classes(folder).items():
         if is_model(cls):
-            model = cls.from_pretrained(folder / name, torch_dtype=VARIANTS[variant], use_safetensors=True)
+            dtype = {DTYPE_ARGUMENT: VARIANTS[variant]}
+            model = cls.from_pretrained(folder / name, **dtype, use_safetensors=True)
             model.save_pretrained(target / name, variant=variant)
 
 
@@ -76,7 +78,8 @@ def collect_upload(folder: str | Path, card: str, include_code: bool = True) -> 
         return upload
     index = _without_origin(read_object(files[INDEX_NAME]))
     if include_code:
-        index = index_with_code(index)
+        # AutoModel reads this here, not in the models' configs. In a folder it would hide the package from AutoModel.
+        index = index_with_code(index) | {"auto_map": {"AutoModel": f"{CARRIED_NAME}.DoDModel"}}
         upload |= {path: text.encode() for path, text in carried_code(index).items()}
     else:
         index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
