@@ -437,7 +437,7 @@ def test_a_guider_is_saved_and_loaded_by_the_package_and_by_the_repositorys_own_
     carried = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(carried).__module__.startswith("diffusers_modules")
     assert torch.equal(sample(carried)[-1], expected)
-    check_folder(tmp_path)
+    assert check_folder(tmp_path, "apache-2.0") == []
     assert DoDPipeline.from_pretrained(tmp_path, guider=None).guider is None
 
 
@@ -473,11 +473,11 @@ def test_a_weaker_model_is_saved_and_loaded_with_its_own_code(tmp_path):
     pipe = tiny_pipeline(weak_transformer=tiny_transformer(num_layers=1))
     expected = sample(pipe)[-1]
     pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "weak_transformer/transformer_dod.py").is_file()
+    assert (tmp_path / "weak_transformer/diffusers_dod.py").is_file()
     assert torch.equal(sample(DoDPipeline.from_pretrained(tmp_path))[-1], expected)
     carried = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(sample(carried)[-1], expected)
-    check_folder(tmp_path)
+    assert check_folder(tmp_path, "apache-2.0") == []
     without = DoDPipeline.from_pretrained(tmp_path, weak_transformer=None)
     assert torch.equal(sample(without)[-1], sample(tiny_pipeline())[-1])
 

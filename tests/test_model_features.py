@@ -7,6 +7,8 @@ from helpers import needs_group_offload, tiny_embedder, tiny_transformer
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusers_dod.compatibility import DTYPE_ARGUMENT
+
 
 def transformer_inputs(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +73,7 @@ def test_save_and_load_in_shards(case, tmp_path):
 def test_save_and_load_keep_the_dtype(case, dtype, tmp_path):
     model = case[0]().to(dtype)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = type(model).from_pretrained(tmp_path, **{DTYPE_ARGUMENT: dtype})
     expected = model.state_dict()
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == dtype and torch.equal(tensor, expected[name]), name

@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from helpers import tiny_pipeline, tiny_vae
+from helpers import tiny_pipeline, tiny_transformer, tiny_vae
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 
@@ -69,6 +69,16 @@ def test_components_load_alone(tmp_path):
     assert torch.equal(sample(rebuilt), sample(pipe))
 
 
+@pytest.mark.parametrize("name", ["transformer", "latent_embedder", "vae", "weak_transformer"])
+def test_auto_model_loads_the_models_of_a_folder_where_the_package_is_imported(name, tmp_path):
+    pipe = tiny_pipeline(vae=tiny_vae("kl"), weak_transformer=tiny_transformer(num_layers=1))
+    pipe.save_pretrained(tmp_path)
+    model = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder=name)
+    assert type(model) is type(getattr(pipe, name))
+    weights, expected = model.state_dict(), getattr(pipe, name).state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
 def test_component_given_at_loading_replaces_the_saved_one(tmp_path):
     tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
@@ -77,10 +87,10 @@ def test_component_given_at_loading_replaces_the_saved_one(tmp_path):
     assert DoDPipeline.from_pretrained(tmp_path, vae=None).spatial_factor == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_at_loading(dtype, tmp_path):
+@pytest.mark.parametrize("name, dtype", [("dtype", torch.bfloat16), ("torch_dtype", torch.float16)])
+def test_dtype_at_loading(name, dtype, tmp_path):
     tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
-    loaded = DoDPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DoDPipeline.from_pretrained(tmp_path, **{name: dtype})
     for model in (loaded.transformer, loaded.latent_embedder, loaded.vae):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.isfinite(sample(loaded)).all()

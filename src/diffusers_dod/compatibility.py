@@ -4,10 +4,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 from diffusers import DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
 
 from .autoencoding import vae_latent_channels
+
+
+# Of `from_pretrained`. diffusers 0.42 deprecates the older name, which is the only one before it.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42.0.dev0") else "torch_dtype"
 
 
 def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:

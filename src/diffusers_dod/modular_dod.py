@@ -56,7 +56,7 @@ from .repository import (
     BLOCK_CONFIG_NAME,
     BLOCK_MODULE,
     BLOCK_NAME,
-    MODEL_FILES,
+    MODEL_CLASSES,
     MODULAR_INDEX_NAME,
     modular_class,
     modular_files,
@@ -467,7 +467,7 @@ class DoDStages(SequentialPipelineBlocks):
             # diffusers names the models by the module that they were in, which is gone when the folder is loaded.
             index = json.loads((folder / MODULAR_INDEX_NAME).read_text(encoding="utf-8"))
             for name, entry in index.items():
-                if isinstance(entry, list) and entry[2]["type_hint"][1] in MODEL_FILES:
+                if isinstance(entry, list) and entry[2]["type_hint"][1] in MODEL_CLASSES:
                     hint = modular_class(*entry[2]["type_hint"])
                     own = hint if entry[0] is not None else [None, None]  # of a model that was not loaded
                     index[name] = [*own, {**entry[2], "type_hint": hint}]

@@ -15,9 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..cli import first_line
+from ..compatibility import DTYPE_ARGUMENT
 from ..repository import (
     BLOCK_CONFIG_NAME,
     BLOCK_NAME,
+    CARRIED_NAME,
     INDEX_NAME,
     MODULAR_INDEX_NAME,
     carried_code,
@@ -60,7 +62,8 @@ def write_variant(folder: Path, variant: str, target: Path) -> None:
     """
     for name, cls in component_classes(folder).items():
         if is_model(cls):
-            model = cls.from_pretrained(folder / name, torch_dtype=VARIANTS[variant], use_safetensors=True)
+            dtype = {DTYPE_ARGUMENT: VARIANTS[variant]}
+            model = cls.from_pretrained(folder / name, **dtype, use_safetensors=True)
             model.save_pretrained(target / name, variant=variant)
 
 
@@ -92,7 +95,8 @@ def collect_upload(
         return upload
     index = _without_origin(read_object(files[INDEX_NAME]))
     if include_code:
-        index = index_with_code(index)
+        # AutoModel reads this here, not in the models' configs. In a folder it would hide the package from AutoModel.
+        index = index_with_code(index) | {"auto_map": {"AutoModel": f"{CARRIED_NAME}.DoDModel"}}
         upload |= {path: text.encode() for path, text in carried_code(index).items()}
         upload |= {name: _json_bytes(value) for name, value in modular_files(index, repo_id, revision).items()}
     else:
