@@ -95,6 +95,15 @@ def test_wrong_arguments_are_refused(folders):
         draw(DoDStages().init_pipeline(folders["autoencoder"]), [1])
 
 
+def test_a_module_that_the_index_names_is_not_imported(folders, tmp_path, monkeypatch):
+    index = json.loads((folders["codes"] / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["evil_module", "Evil"]}))
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="import evil_module first"):
+        DoDStages().init_pipeline(tmp_path)
+
+
 def test_a_folder_is_refused_without_trust_and_whole_when_saved_again(folders, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         ModularPipeline.from_pretrained(str(folders["codes"]))

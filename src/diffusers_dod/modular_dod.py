@@ -60,6 +60,7 @@ from .repository import (
     MODULAR_INDEX_NAME,
     modular_class,
     modular_files,
+    resolve_index,
     standalone_source,
     write_json,
 )
@@ -436,17 +437,21 @@ class DoDStages(SequentialPipelineBlocks):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): what `DoDPipeline` saved or pushed.
             kwargs: `components_manager` and `collection`, as in diffusers.
+
+        Raises:
+            ValueError: for another pipeline's folder, or a component of a foreign module.
         """
         if pretrained_model_name_or_path is None:
             return super().init_pipeline(**kwargs)
         source = str(pretrained_model_name_or_path)
-        index = {}
-        for name, entry in DiffusionPipeline.load_config(source).items():
-            if isinstance(entry, list) and not name.startswith("_"):
-                if entry[0] is None:  # diffusers would look for its folder
-                    continue
-                entry = modular_class(*entry)
-            index[name] = entry
+        index = DiffusionPipeline.load_config(source)
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
+        own = {name: modular_class(*entry) for name, entry in entries.items() if entry[1] in MODEL_CLASSES}
+        absent = {
+            name for name, entry in entries.items() if entry[0] is None
+        }  # diffusers would look for their folders
+        others = {name: entry for name, entry in index.items() if name not in own and name not in absent}
+        index = resolve_index(others, ["DoDPipeline"], "", source) | own
         return ModularPipeline(
             blocks=deepcopy(self), pretrained_model_name_or_path=source, config_dict=index, **kwargs
         )
