@@ -1,6 +1,5 @@
 """Images to latents and back, against the formulas of each autoencoder written out."""
 
-import diffusers
 import pytest
 import torch
 from helpers import tiny_vae
@@ -15,10 +14,7 @@ from diffusers_dod.autoencoding import (
 
 
 MEAN, STD = [0.1, -0.2, 0.3, -0.4], [0.5, 1.5, 2.0, 0.8]
-needs_rae = pytest.mark.skipif(
-    not hasattr(diffusers, "AutoencoderRAE"), reason="AutoencoderRAE came after diffusers 0.36"
-)
-KINDS = ["kl", "tiny", "dc", pytest.param("rae", marks=needs_rae)]
+KINDS = ["kl", "tiny", "dc", "rae"]
 
 
 def images(number=2, side=16):
@@ -101,7 +97,6 @@ def test_deterministic_autoencoders(kind, scale):
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(encoded).sample)
 
 
-@needs_rae
 @torch.no_grad()
 def test_rae_takes_unit_images_and_scales_itself():
     statistics = {"latents_mean": [[[0.3]]] * 64, "latents_std": [[[2.0]]] * 64, "scaling_factor": 0.5}

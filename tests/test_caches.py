@@ -39,9 +39,7 @@ def pyramid():
 
 
 # What the second of two steps runs: calls of the attention's and the feed-forward's projections in the 3 blocks
-CACHES = [(first_block, 1, 1), (taylor_seer, 0, 3), (pyramid, 0, 3)]
-if hasattr(diffusers, "MagCacheConfig"):  # from diffusers 0.37
-    CACHES.append((mag, 0, 0))
+CACHES = [(first_block, 1, 1), (taylor_seer, 0, 3), (pyramid, 0, 3), (mag, 0, 0)]
 
 
 def count_calls(model):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers import tiny_pipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.hub import check_folder, push_folder
@@ -69,6 +70,37 @@ def test_two_adapters_with_weights(tmp_path):
     assert (alone - both).abs().max() > 1e-2
     pipe.delete_adapters("one")
     assert torch.equal(sample(pipe), alone)
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "tensors"])
+def test_an_adapter_that_peft_saved_is_loaded_with_its_alpha(where, tmp_path):
+    targets = LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], lora_alpha=6)
+    model = get_peft_model(tiny_pipeline().transformer, targets)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    expected = sample(tiny_pipeline(transformer=model.get_base_model()))
+    pipe, file = tiny_pipeline(), tmp_path / "adapter_model.safetensors"
+    pipe.load_lora_weights({"folder": tmp_path, "file": file, "tensors": load_file(file)}[where])
+    adapted = sample(pipe)
+    assert (adapted - sample(tiny_pipeline())).abs().max() > 1e-2
+    # The tensors say nothing of the alpha.
+    assert torch.allclose(adapted, expected, atol=1e-5) == (where != "tensors")
+
+
+def test_an_adapter_is_swapped_in_place(tmp_path):
+    """Hot-swapping keeps the modules, so a compiled model need not be compiled again."""
+    for name, seed in (("one", 1), ("two", 2)):
+        save_adapter(tmp_path / name, seed)
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(tmp_path / "one", adapter_name="style")
+    modules = [id(module) for module in pipe.transformer.modules()]
+    pipe.load_lora_weights(tmp_path / "two", adapter_name="style", hotswap=True)
+    other.load_lora_weights(tmp_path / "two")
+    assert torch.equal(sample(pipe), sample(other))
+    assert [id(module) for module in pipe.transformer.modules()] == modules
 
 
 def test_folder_with_an_adapter_is_checked_and_needs_its_base(tmp_path, capsys):

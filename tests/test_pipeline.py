@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import needs_group_offload, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 
 from diffusers_dod import DoDPipelineOutput
 
@@ -281,10 +281,7 @@ def test_model_offload():
         assert pipe.transformer._hf_hook is not hook  # diffusers frees the models and hooks them anew
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.6.") and not torch.accelerator.is_available(),
-    reason="torch 2.6 raises where diffusers' group offload asks it for an accelerator and there is none",
-)
+@needs_group_offload
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
 def test_group_offload(offload_type):
     expected = sample(tiny_pipeline(vae=tiny_vae("kl")), output_type="pt").images

@@ -1,11 +1,12 @@
 """Pipeline folders: what is saved is what is loaded, bit for bit."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
-from helpers import tiny_pipeline, tiny_vae
+from helpers import tiny_pipeline, tiny_transformer, tiny_vae
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 
@@ -19,7 +20,7 @@ def sample(pipe, **arguments):
     return pipe([3, 1], generator=torch.Generator().manual_seed(0), **arguments).images
 
 
-AUTOENCODERS = [None, "kl", "tiny", "dc"] + ["rae"] * hasattr(diffusers, "AutoencoderRAE")
+AUTOENCODERS = [None, "kl", "tiny", "dc", "rae"]
 
 
 @pytest.mark.parametrize("autoencoder", AUTOENCODERS)
@@ -68,6 +69,16 @@ def test_components_load_alone(tmp_path):
     assert torch.equal(sample(rebuilt), sample(pipe))
 
 
+@pytest.mark.parametrize("name", ["transformer", "latent_embedder", "vae", "weak_transformer"])
+def test_auto_model_loads_the_models_of_a_folder_where_the_package_is_imported(name, tmp_path):
+    pipe = tiny_pipeline(vae=tiny_vae("kl"), weak_transformer=tiny_transformer(num_layers=1))
+    pipe.save_pretrained(tmp_path)
+    model = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder=name)
+    assert type(model) is type(getattr(pipe, name))
+    weights, expected = model.state_dict(), getattr(pipe, name).state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
 def test_component_given_at_loading_replaces_the_saved_one(tmp_path):
     tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
@@ -76,10 +87,10 @@ def test_component_given_at_loading_replaces_the_saved_one(tmp_path):
     assert DoDPipeline.from_pretrained(tmp_path, vae=None).spatial_factor == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_at_loading(dtype, tmp_path):
+@pytest.mark.parametrize("name, dtype", [("dtype", torch.bfloat16), ("torch_dtype", torch.float16)])
+def test_dtype_at_loading(name, dtype, tmp_path):
     tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path)
-    loaded = DoDPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DoDPipeline.from_pretrained(tmp_path, **{name: dtype})
     for model in (loaded.transformer, loaded.latent_embedder, loaded.vae):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.isfinite(sample(loaded)).all()
@@ -96,9 +107,54 @@ def test_components_make_another_pipeline():
         "vae",
         "code_transformer",
         "code_scheduler",
+        "guider",
+        "weak_transformer",
     }
     assert torch.equal(sample(other), sample(pipe))
     assert other.labels == pipe.labels
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "entries, code",
+    [
+        ({"vae": ["json", "Evil"]}, "vae/json.py"),
+        ({"vae": ["diffusers", "Evil"]}, "vae/diffusers.py"),
+        ({"vae": ["transformers", "Evil"]}, "vae/transformers.py"),
+        ({"vae": ["diffusers", "DiffusionPipeline"]}, "vae/pipeline.py"),
+        ({}, "scheduler/diffusers.py"),
+        ({}, "transformer/diffusers_dod.transformer_dod.py"),
+        ({}, "pipeline.py"),
+        ({}, "block.py"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_of_a_folder_is_not_run(entries, code, saved, tmp_path):
+    """Whatever the folder and the call say of it, and on every supported diffusers."""
+    folder, marker = tmp_path / "pipeline", tmp_path / "marker"
+    shutil.copytree(saved, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | entries))
+    (folder / code).parent.mkdir(exist_ok=True)
+    (folder / code).write_text(
+        f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\nclass DoDTransformer2DModel: pass\n"
+    )
+    (folder / "vae/model_index.json").parent.mkdir(exist_ok=True)
+    (folder / "vae/model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "Evil"]}))
+    for options in ({}, {"trust_remote_code": True}):
+        if "/" in code:  # beside a component's configuration, diffusers takes it for the component's own
+            # Which of them differs between releases of diffusers.
+            with pytest.raises((ValueError, OSError, AttributeError, TypeError)):
+                DoDPipeline.from_pretrained(folder, **options)
+        else:
+            assert isinstance(DoDPipeline.from_pretrained(folder, **options), DoDPipeline)
+    assert not marker.exists()
 
 
 def test_folder_without_the_models(tmp_path):

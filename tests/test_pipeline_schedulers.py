@@ -29,8 +29,7 @@ NOISE_SCHEDULERS = {
 SCHEDULERS = FLOW_SCHEDULERS | NOISE_SCHEDULERS
 # What the pipeline does where nothing is said
 DEFAULT_GUIDANCE = {"scale": [1.5, 1.25], "interval": (0.25, 0.75)}
-# AutoencoderRAE came after diffusers 0.36, the oldest version supported.
-AUTOENCODERS = ["kl", "tiny", "dc", "pixels-3", "pixels-1"] + ["rae"] * hasattr(diffusers, "AutoencoderRAE")
+AUTOENCODERS = ["kl", "tiny", "dc", "pixels-3", "pixels-1", "rae"]
 
 
 def make_scheduler(name):

@@ -133,6 +133,7 @@ def test_from_pipe_shares_models_and_labels():
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     assert DoDPipeline.from_pipe(pipe, scheduler=scheduler, code_transformer=None).scheduler is scheduler
     assert DoDPipeline.from_pipe(tiny_pipeline(), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert DoDPipeline.from_pipe(tiny_pipeline(), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="has no component 'unet'"):
         DoDPipeline.from_pipe(pipe, unet=None)
 

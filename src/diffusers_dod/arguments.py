@@ -80,6 +80,12 @@ def check_numbers(above: float | None = None, **numbers: Any) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number{bound}.")
 
 
+def check_size(height: Any, width: Any, multiple: int) -> None:
+    """The size of an image that a VAE and patches must divide."""
+    if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
+        raise ValueError(f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}.")
+
+
 def check_generator(generator: Any, batch_size: int) -> None:
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(each, torch.Generator) for each in generators):

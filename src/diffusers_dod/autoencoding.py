@@ -1,6 +1,9 @@
 """Images to latents and back, through any of diffusers' image autoencoders, in the scale a diffusion model works in."""
 
+from typing import Any
+
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -23,6 +26,16 @@ def vae_spatial_factor(vae: ModelMixin | None) -> int:
 def vae_latent_channels(vae: ModelMixin) -> int:
     """Channels of the autoencoder's latents."""
     return vae.config.encoder_hidden_size if _normalizes_itself(vae) else vae.config.latent_channels
+
+
+def make_image_processor(vae: ModelMixin | None, transformer: Any) -> VaeImageProcessor:
+    """What turns pictures into the autoencoder's input and its output into pictures, for a transformer of that config."""
+    return VaeImageProcessor(
+        vae_scale_factor=vae_spatial_factor(vae) * transformer.patch_size,
+        vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
+        do_convert_rgb=vae is not None or transformer.in_channels == 3,
+        do_convert_grayscale=vae is None and transformer.in_channels == 1,
+    )
 
 
 def _scale_shift(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:

@@ -4,10 +4,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 from diffusers import DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
 
 from .autoencoding import vae_latent_channels
+
+
+# Of `from_pretrained`. diffusers 0.42 deprecates the older name, which is the only one before it.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42.0.dev0") else "torch_dtype"
 
 
 def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:
@@ -61,6 +67,29 @@ def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: A
             "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: load the embedder "
             "that was saved with the code model."
         )
+
+
+def check_weak_model(weak_transformer: Any, transformer: Any) -> None:
+    """Compares a weaker model for autoguidance with the model that it guides; both are configs.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    width, weak_width = (
+        config.num_attention_heads * config.attention_head_dim for config in (transformer, weak_transformer)
+    )
+    for what, weak_value, value in (
+        ("`in_channels`", weak_transformer.in_channels, transformer.in_channels),
+        ("`patch_size`", weak_transformer.patch_size, transformer.patch_size),
+        ("`num_classes`", weak_transformer.num_classes, transformer.num_classes),
+        ("`prediction_type`", weak_transformer.prediction_type, transformer.prediction_type),
+        ("width", weak_width, width),
+    ):
+        if weak_value != value:
+            raise ValueError(
+                f"The weak transformer's {what} is {weak_value} but the transformer's is {value}: they see the same latents, "
+                "classes and prior tokens, so load an earlier checkpoint of it, or one of fewer layers."
+            )
 
 
 def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,9 +143,10 @@ class DoDAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
-        query = query.unflatten(-1, (attn.heads, -1))
-        key = key.unflatten(-1, (attn.heads, -1))
-        value = value.unflatten(-1, (attn.heads, -1))
+        # By a head's width, because under tensor parallelism a process has some of the heads only.
+        query = query.unflatten(-1, (-1, attn.dim_head))
+        key = key.unflatten(-1, (-1, attn.dim_head))
+        value = value.unflatten(-1, (-1, attn.dim_head))
 
         query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
@@ -176,7 +177,7 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, heads: int, dim_head: int, qk_norm: str | None = "layer_norm"):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dim_head = heads, dim_head
         dim = heads * dim_head
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
@@ -234,6 +235,8 @@ class DoDTransformerBlock(nn.Module):
             self.ff = swiglu_feed_forward(dim, mlp_ratio)
         else:
             self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn)
+        # Tensor parallelism must cut the two halves of SwiGLU's projection each by itself.
+        self.ff.net[0].proj._tp_packed_col_blocks = [1, 1] if activation_fn == "swiglu" else [1]
 
     def forward(
         self,
@@ -261,6 +264,24 @@ class DoDTransformerBlock(nn.Module):
         hidden_states = hidden_states + gate_attn * attention_output
         feed_forward_output = self.ff(self.norm2(hidden_states) * (1 + scale_ff) + shift_ff)
         return hidden_states + gate_ff * feed_forward_output
+
+
+# First-block and magnitude caching and the guiders that skip layers look both up in registries, which diffusers fills with
+# its own models only and does not export.
+try:
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
+except ImportError:
+    pass  # they say which class is missing
+else:
+    TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    AttentionProcessorRegistry.register(
+        DoDAttnProcessor, AttentionProcessorMetadata(lambda attn, hidden_states, *args, **kwargs: hidden_states)
+    )
 
 
 class DoDViTBlock(nn.Module):

@@ -1,21 +1,20 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .adapters import DoDLoraLoaderMixin
 from .arguments import (
     check_choice,
     check_count,
@@ -24,13 +23,15 @@ from .arguments import (
     check_per_stage,
     check_sample,
     check_scales,
+    check_size,
     check_steps,
     check_tensor,
-    is_count,
     per_stage,
 )
-from .autoencoding import decode_latents, vae_spatial_factor
-from .compatibility import check_code_model, check_components, check_scheduler, keeps_variance
+from .autoencoding import decode_latents, make_image_processor, vae_spatial_factor
+from .compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from .denoising import Denoising
+from .guidance import DEFAULT_INTERVAL, GuiderGuidance, ScaleGuidance, StageGuidance, check_guidance
 from .labels import ClassLabelsMixin, synonyms
 from .priors import PriorImage, PriorInputsMixin
 from .repository import DoDRepositoryMixin
@@ -56,8 +57,7 @@ class DoDPipelineOutput(BaseOutput):
     codes: torch.Tensor | None = None
 
 
-# The Sana mixin is the plainest of diffusers' LoRA loaders: a transformer's adapters and nothing model-specific.
-class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, DiffusionPipeline, DoDLoraLoaderMixin):
     r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
 
     Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
@@ -74,10 +74,15 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         code_transformer ([`DoDTransformer2DModel`], *optional*):
             Model of the codes: denoises the embedder's normalised codes, `(batch, bottleneck_dim, rows, columns)`.
         code_scheduler ([`SchedulerMixin`], *optional*): its scheduler.
+        guider ([`BaseGuidance`], *optional*):
+            One of diffusers' guiders, in the place of `guidance_scale`; it guides the stages, not the code model.
+        weak_transformer ([`DoDTransformer2DModel`], *optional*):
+            A weaker model of the same classes and latents, which makes the second branch of guidance: autoguidance (Karras
+            et al. 2024, arXiv 2406.02507). An early checkpoint of `transformer`, say.
     """
 
     model_cpu_offload_seq = "code_transformer->latent_embedder->transformer->vae"
-    _optional_components = ["vae", "code_transformer", "code_scheduler"]
+    _optional_components = ["vae", "code_transformer", "code_scheduler", "guider", "weak_transformer"]
     _callback_tensor_inputs = ["latents", "prior_tokens"]
 
     # Of the call that runs
@@ -93,10 +98,12 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         transformer: ModelMixin,
         latent_embedder: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
-        id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
-        code_transformer: Optional[ModelMixin] = None,  # noqa: UP045
-        code_scheduler: Optional[SchedulerMixin] = None,  # noqa: UP045
+        vae: ModelMixin | None = None,
+        id2label: dict[Any, str] | None = None,
+        code_transformer: ModelMixin | None = None,
+        code_scheduler: SchedulerMixin | None = None,
+        guider: BaseGuidance | None = None,
+        weak_transformer: ModelMixin | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -106,6 +113,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             vae=vae,
             code_transformer=code_transformer,
             code_scheduler=code_scheduler,
+            guider=guider,
+            weak_transformer=weak_transformer,
         )
         # JSON turns integer keys into strings, so they are strings from the start.
         id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
@@ -117,14 +126,10 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_components(transformer.config, latent_embedder.config, vae)
         if code_transformer is not None:
             check_code_model(code_transformer.config, transformer.config, latent_embedder.config)
-        channels = transformer.config.in_channels
+        if weak_transformer is not None:
+            check_weak_model(weak_transformer.config, transformer.config)
         self.spatial_factor = vae_spatial_factor(vae)
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.spatial_factor * transformer.config.patch_size,
-            vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
-            do_convert_rgb=vae is not None or channels == 3,
-            do_convert_grayscale=vae is None and channels == 1,
-        )
+        self.image_processor = make_image_processor(vae, transformer.config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
@@ -153,7 +158,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1.0 or self._prior_guidance_scale not in (None, 1.0)
+        has_scale = self._guidance_scale != 1.0 or self._prior_guidance_scale not in (None, 1.0)
+        return has_scale or (self.guider is not None and self._current_stage > 0)
 
     @property
     def current_stage(self) -> int:
@@ -180,7 +186,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         num_inference_steps,
         guidance_scale,
         prior_guidance_scale,
-        guidance_drop,
         guidance_interval,
         generator,
         height,
@@ -209,8 +214,13 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_scales("guidance_scale", guidance_scale, num_stages)
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
-        check_choice("guidance_drop", guidance_drop, ("class", "prior", "both"))
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
+                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
+            )
         check_generator(generator, batch_size)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -221,11 +231,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         patch_size = self.transformer.config.patch_size
         if num_stages > 1 or prior_source == "codes":  # or a size that only the embedder cannot cut would fail late
             patch_size = math.lcm(patch_size, self.latent_embedder.config.patch_size)
-        multiple = self.spatial_factor * patch_size
-        if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
-            raise ValueError(
-                f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
-            )
+        check_size(height, width, self.spatial_factor * patch_size)
         if latents is not None:
             check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
@@ -277,121 +283,51 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         shape = (len(class_ids), self.code_transformer.config.in_channels, *grid)
         noise = randn_tensor(shape, generator=generator, device=class_ids.device, dtype=self.code_transformer.dtype)
         codes = self.denoise(
-            self.code_transformer,
             self.code_scheduler,
             noise,
             class_ids,
             None,
             num_inference_steps,
-            "class",
-            (0.0, 1.0),
+            ScaleGuidance(self.code_transformer, "class", self._guidance_scales, (0.0, 1.0)),
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         return self.latent_embedder.denormalize_codes(codes)
 
-    def prepare_guidance(
-        self, class_ids: torch.Tensor, prior_tokens: torch.Tensor | None, guidance_drop: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Labels and prior tokens of a guided step's whole batch: the samples, then the same with conditions dropped.
+    def _guidance_scales(self) -> tuple[float, float | None]:
+        return self._guidance_scale, self._prior_guidance_scale
 
-        With separate scales the parts are (class, prior), (null, prior), (null, none); otherwise (class, prior) and
-        the part that `guidance_drop` asks for. Stage 1 has no prior, so there the parts are (class) and (null).
-        """
-        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
-        if prior_tokens is None:
-            return torch.cat([class_ids, null_ids]), None
-        no_prior = torch.zeros_like(prior_tokens)
-        if self._prior_guidance_scale is not None:
-            return torch.cat([class_ids, null_ids, null_ids]), torch.cat([prior_tokens, prior_tokens, no_prior])
-        dropped_ids = class_ids if guidance_drop == "prior" else null_ids
-        dropped_prior = prior_tokens if guidance_drop == "class" else no_prior
-        return torch.cat([class_ids, dropped_ids]), torch.cat([prior_tokens, dropped_prior])
-
-    def _is_guided(self, prior_tokens: torch.Tensor | None, guidance_drop: str) -> bool:
-        if prior_tokens is None:
-            # Stage 1 has no prior to lose, so only the class can guide it.
-            return self._guidance_scale != 1.0 and (guidance_drop != "prior" or self._prior_guidance_scale is not None)
-        return self.do_classifier_free_guidance
-
-    def combine_guidance(self, predictions: list[torch.Tensor]) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) over the parts of [`prepare_guidance`].
-
-        Three parts take separate scales for class and prior, as InstructPix2Pix does for text and image (Brooks et al.
-        2022, arXiv 2211.09800).
-        """
-        if len(predictions) == 3:
-            full, prior_only, none = predictions
-            return none + self._prior_guidance_scale * (prior_only - none) + self._guidance_scale * (full - prior_only)
-        full, dropped = predictions
-        return dropped + self._guidance_scale * (full - dropped)
+    def prepare_guidance(self, guidance_drop: str | None, guidance_interval: tuple[float, float]) -> StageGuidance:
+        """A stage's guidance: the guider's if there is one, else by the scales of the moment."""
+        drop = guidance_drop or ("class" if self.weak_transformer is None else "nothing")
+        if self.guider is not None:
+            return GuiderGuidance(self.transformer, drop, self.guider, self.weak_transformer)
+        return ScaleGuidance(self.transformer, drop, self._guidance_scales, guidance_interval, self.weak_transformer)
 
     def denoise(
         self,
-        transformer: ModelMixin,
         scheduler: SchedulerMixin,
         latents: torch.Tensor,
         class_ids: torch.Tensor,
         prior_tokens: torch.Tensor | None,
         num_inference_steps: int,
-        guidance_drop: str,
-        guidance_interval: tuple[float, float],
+        guidance: StageGuidance,
         generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """Runs one stage, or the code model, from standard normal noise to its sample, with the scales of the moment."""
-        # Every stage starts the scheduler, and any feature cache, anew: multistep ones remember earlier predictions.
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
-        if transformer.is_cache_enabled:
-            transformer._reset_stateful_cache()
-        # Only now, because a scheduler's noise scale may depend on its steps.
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        timesteps = scheduler.timesteps
-        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
-        start, stop = (fraction * len(timesteps) for fraction in guidance_interval)
-        step_parameters = inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
-        channels = latents.shape[1]
-        has_variance = keeps_variance(type(scheduler), scheduler.config)
-        parts: int | None = None
+        run = Denoising(scheduler, latents, num_inference_steps, generator)
+        latents = run.latents
+        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(run.timesteps)
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.progress_bar(total=len(run.timesteps)) as progress_bar:
             stage = f"Stage {self._current_stage}/{self._num_stages}" if self._current_stage else "Codes"
             progress_bar.set_description(stage)
-            for i, timestep in enumerate(timesteps):
+            for i, timestep in enumerate(run.timesteps):
                 self._current_timestep = timestep
-                is_guided = start <= i < stop and self._is_guided(prior_tokens, guidance_drop)
-                ids, tokens = class_ids, prior_tokens
-                if is_guided:
-                    ids, tokens = self.prepare_guidance(class_ids, prior_tokens, guidance_drop)
-                last_parts, parts = parts, len(ids) // len(class_ids)
-                if last_parts not in (None, parts) and transformer.is_cache_enabled:
-                    # What a cache holds has the rows of the last step, which are not this step's.
-                    transformer._reset_stateful_cache()
-
-                model_input = torch.cat([latents] * parts)
-                if hasattr(scheduler, "scale_model_input"):
-                    model_input = scheduler.scale_model_input(model_input, timestep)
-                with transformer.cache_context("denoise"):
-                    output = transformer(
-                        model_input,
-                        timestep=timestep.expand(len(ids)),
-                        class_labels=ids,
-                        encoder_hidden_states=tokens,
-                        return_dict=False,
-                    )[0]
-
-                prediction, variance = output[:, :channels], output[: len(class_ids), channels:]
-                if parts > 1:
-                    prediction = self.combine_guidance(prediction.chunk(parts))
-                if has_variance:
-                    prediction = torch.cat([prediction, variance], dim=1)
-                latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-
+                latents = run.step(i, latents, guidance, class_ids, prior_tokens)
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
                     for name in callback_on_step_end_tensor_inputs:
@@ -420,8 +356,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         num_inference_steps: int | list[int] = 30,
         guidance_scale: float | list[float] | None = None,
         prior_guidance_scale: float | list[float] | None = None,
-        guidance_drop: str = "class",
-        guidance_interval: tuple[float, float] | list[tuple[float, float]] = (0.25, 0.75),
+        guidance_drop: str | None = None,
+        guidance_interval: tuple[float, float] | list[tuple[float, float]] | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -449,15 +385,16 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry per stage or one for all.
             guidance_scale (`float` or `list` of `float`, *optional*):
                 Strength of classifier-free guidance; 1 turns it off. One entry per stage or one for all. By default 1.5 in
-                a stage without a prior and 1.25 in one with a prior, which needs less.
+                a stage without a prior and 1.25 in one with a prior, which needs less. A guider has its own.
             prior_guidance_scale (`float` or `list` of `float`, *optional*):
                 A scale of its own for the prior, at the cost of a third row per sample; `guidance_scale` is then the
                 class's alone and `guidance_drop` is not read.
-            guidance_drop (`str`, defaults to `"class"`):
-                What the second branch of guidance goes without: `"class"`, `"prior"` or `"both"`.
-            guidance_interval (pair of `float`, or a `list` of them, defaults to `(0.25, 0.75)`):
-                The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1);
-                `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+            guidance_drop (`str`, *optional*):
+                What the second branch of guidance goes without: `"class"` (default), `"prior"`, `"both"`, or `"nothing"`,
+                which is the default with a `weak_transformer` and suits guiders that skip layers.
+            guidance_interval (pair of `float`, or a `list` of them, *optional*):
+                The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1), by
+                default `(0.25, 0.75)`; `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Images per label.
             height (`int`, *optional*), width (`int`, *optional*):
                 Size in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
@@ -508,13 +445,22 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             sample_height, sample_width = latents.shape[-2:]
         height = sample_height * self.spatial_factor if height is None else height
         width = sample_width * self.spatial_factor if width is None else width
+        check_guidance(
+            self.guider,
+            self.transformer,
+            self.weak_transformer,
+            guidance_scale,
+            prior_guidance_scale,
+            guidance_drop,
+            guidance_interval,
+        )
+        guidance_interval = DEFAULT_INTERVAL if guidance_interval is None else guidance_interval
         self.check_inputs(
             batch_size,
             num_stages,
             num_inference_steps,
             guidance_scale,
             prior_guidance_scale,
-            guidance_drop,
             guidance_interval,
             generator,
             height,
@@ -528,7 +474,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             code_num_inference_steps,
             code_guidance_scale,
         )
-        if guidance_scale is None:
+        if self.guider is not None:
+            guidance_scale = 1.0  # of the pipeline's own
+        elif guidance_scale is None:
             first = CODES_GUIDANCE if prior_source == "codes" else FIRST_GUIDANCE
             guidance_scale = [first] + [LATER_GUIDANCE] * (num_stages - 1)
         device, dtype = self._execution_device, self.transformer.dtype
@@ -569,14 +517,12 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 prior_tokens = self.latent_embedder.decode(codes, *latent_size)
             noise = self.prepare_latents(batch_size, height, width, dtype, device, generator, latents)
             prior_latents = self.denoise(
-                self.transformer,
                 self.scheduler,
                 noise,
                 class_ids,
                 prior_tokens,
                 per_stage(num_inference_steps, num_stages)[stage - 1],
-                guidance_drop,
-                per_stage(guidance_interval, num_stages)[stage - 1],
+                self.prepare_guidance(guidance_drop, per_stage(guidance_interval, num_stages)[stage - 1]),
                 generator,
                 *on_step_end,
             )

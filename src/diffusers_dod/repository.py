@@ -2,31 +2,44 @@
 
     model_index.json                        the components' classes
     pipeline.py                             the pipeline's own code, for those who have diffusers only
-    transformer/                            config.json, safetensors, transformer_dod.py
-    latent_embedder/                        config.json, safetensors, latent_embedder_dod.py
-    code_transformer/                       the same as transformer/, where there is a code model
-    scheduler/, code_scheduler/, vae/       classes of diffusers, as in its other pipelines
+    transformer/, latent_embedder/          config.json, safetensors, diffusers_dod.py
+    code_transformer/, weak_transformer/    the same, where there are such models
+    scheduler/, code_scheduler/, vae/,      classes of diffusers, as in its other pipelines
+    guider/
+    block.py, modular_config.json           blocks of Modular Diffusers, with all code that they need
+    modular_model_index.json                their components
 
-`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the code that is carried. `DoDPipeline` never does:
-it takes the models' classes from beside itself, whatever module the index names.
+`DiffusionPipeline` and `ModularPipeline` run the code that is carried, with `trust_remote_code=True` only. `DoDPipeline`
+never does: it takes the models' classes from beside itself, whatever module the index names. The models' code is named as the
+package because `AutoModel` looks for the module of that name: the package, where it is imported, or the file.
 """
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 
+from .compatibility import DTYPE_ARGUMENT
+
 
 INDEX_NAME = "model_index.json"
-MODEL_FILES = {"DoDTransformer2DModel": "transformer_dod", "DoDLatentEmbedder": "latent_embedder_dod"}
+MODEL_CLASSES = ("DoDTransformer2DModel", "DoDLatentEmbedder")
+# Where both are in the package, and beside a repository's own `pipeline.py`
+MODELS_NAME, CARRIED_NAME = "models_dod", "diffusers_dod"
+# Of the blocks: their file in this package and in a repository, their module's name wherever it was loaded from, and
+# diffusers' names of what describes them.
+BLOCKS_SOURCE, BLOCK_NAME, BLOCK_MODULE = "modular_dod.py", "block.py", "diffusers_dod_block"
+BLOCK_CONFIG_NAME, MODULAR_INDEX_NAME = "modular_config.json", "modular_model_index.json"
 
 
 def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
@@ -37,12 +50,15 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     inlined = set() if inlined is None else inlined
     source = file.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
+    texts = []
+    # In their order: a module stands where it is first needed.
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
             is_new = node.module not in inlined
             inlined.add(node.module)
-            text = standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""
-            lines[node.lineno - 1 : node.end_lineno] = [text]
+            texts.append((node, standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""))
+    for node, text in reversed(texts):
+        lines[node.lineno - 1 : node.end_lineno] = [text]
     return "".join(lines)
 
 
@@ -51,25 +67,69 @@ def carried_code(index: dict[str, Any], pipeline_file: str | None = None) -> dic
 
     Args:
         index (`dict`): what its `model_index.json` holds.
-        pipeline_file (`str`, *optional*): the pipeline's module, this package's by default; the models' are its neighbours.
+        pipeline_file (`str`, *optional*): the pipeline's module, this package's by default; the models' is its neighbour.
     """
     file = Path(pipeline_file or Path(__file__).with_name("pipeline_dod.py"))
-    code = {"pipeline.py": standalone_source(file)}
-    for component, entry in index.items():
-        if isinstance(entry, list) and entry[1] in MODEL_FILES:
-            name = f"{MODEL_FILES[entry[1]]}.py"
-            code[f"{component}/{name}"] = standalone_source(file.with_name(name))
+    carried = file.with_name(f"{CARRIED_NAME}.py")
+    models = standalone_source(carried if carried.exists() else file.with_name(f"{MODELS_NAME}.py"))
+    folders = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in MODEL_CLASSES]
+    code = {"pipeline.py": standalone_source(file), **{f"{name}/{CARRIED_NAME}.py": models for name in folders}}
+    blocks = file.with_name(BLOCKS_SOURCE)
+    if blocks.is_file():  # a repository's own pipeline has no blocks beside it
+        code[BLOCK_NAME] = standalone_source(blocks)
     return code
+
+
+def modular_files(index: dict[str, Any], source: str | None, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """What diffusers must know of the blocks, by the name of its file.
+
+    Args:
+        index (`dict`): what `model_index.json` holds.
+        source (`str`, *optional*): folder or repository from which the components are loaded.
+        revision (`str`, *optional*): its branch.
+    """
+    modular_index = {
+        "_class_name": "ModularPipeline",
+        "_blocks_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": index.get("id2label"),
+    }
+    for component, entry in index.items():
+        if isinstance(entry, list) and not component.startswith("_") and entry[0] is not None:
+            where = {"pretrained_model_name_or_path": source, "subfolder": component, "revision": revision}
+            hint = modular_class(*entry)
+            modular_index[component] = [*hint, {**where, "variant": None, "type_hint": hint}]
+    config = {
+        "_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "auto_map": {"ModularPipelineBlocks": "block.DoDStages"},
+    }
+    return {BLOCK_CONFIG_NAME: config, MODULAR_INDEX_NAME: modular_index}
+
+
+def modular_class(library: str, name: str) -> list[str]:
+    """How `modular_model_index.json` names a class: ours by the blocks' module, which is loaded by then."""
+    return [BLOCK_MODULE if name in MODEL_CLASSES else library, name]
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
     """The index of a folder that carries its code, in the form that diffusers' `trust_remote_code` reads."""
     names = {
-        component: [MODEL_FILES[entry[1]], entry[1]]
+        component: [CARRIED_NAME, entry[1]]
         for component, entry in index.items()
-        if isinstance(entry, list) and entry[1] in MODEL_FILES
+        if isinstance(entry, list) and entry[1] in MODEL_CLASSES
     }
     return {**index, **names, "_class_name": ["pipeline", "DoDPipeline"]}
+
+
+def models_module(package: str) -> ModuleType:
+    """The module with both models beside the pipeline's, in this package or in the copy of a repository's code."""
+    carried = f"{package}.{CARRIED_NAME}"
+    return importlib.import_module(carried if importlib.util.find_spec(carried) else f"{package}.{MODELS_NAME}")
 
 
 def resolve_index(index: dict[str, Any], pipeline_classes: list[str], package: str, source: str) -> dict[str, Any]:
@@ -92,15 +152,14 @@ def resolve_index(index: dict[str, Any], pipeline_classes: list[str], package: s
             "`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`."
         )
     resolved = {**index, "_class_name": class_name}
+    resolved.pop("auto_map", None)
     for component, entry in index.items():
         if not isinstance(entry, list) or component.startswith("_") or entry[0] is None:
             continue
         library, component_class = entry
-        if component_class in MODEL_FILES:
-            module = importlib.import_module(
-                f"{package}.{MODEL_FILES[component_class]}"
-            )  # diffusers wants it imported
-            resolved[component] = [module.__name__, component_class]
+        if component_class in MODEL_CLASSES:
+            # diffusers wants it imported
+            resolved[component] = [models_module(package).__name__, component_class]
         elif library not in ("diffusers", "transformers") and library not in sys.modules:
             # Importing a module because a repository names it would run it.
             raise ValueError(
@@ -173,10 +232,9 @@ def check_weights(folder: str, passed_components: set[str], source: str, variant
             )
         values = json.loads(config.read_text(encoding="utf-8"))
         name = values.get("_class_name")
-        if name not in MODEL_FILES or "quantization_config" in values:
+        if name not in MODEL_CLASSES or "quantization_config" in values:
             continue
-        package = __name__.rpartition(".")[0]
-        model_class = getattr(importlib.import_module(f"{package}.{MODEL_FILES[name]}"), name)
+        model_class = getattr(models_module(__name__.rpartition(".")[0]), name)
         with torch.device("meta"):
             expected = set(model_class.from_config(values).state_dict())
         missing = sorted(expected - _tensor_names(component, variant))
@@ -185,6 +243,22 @@ def check_weights(folder: str, passed_components: set[str], source: str, variant
                 f"{source}: the weights of `{component.name}` lack {missing[0]} ({len(missing)} of {len(expected)} tensors "
                 "are missing): the folder is incomplete or not of this model."
             )
+
+
+def check_not_a_checkpoint(folder: str) -> None:
+    """Refuses a trainer's `checkpoint-N`, which has the models that are trained and their state.
+
+    Raises:
+        ValueError: with where the run's pipeline is.
+    """
+    has_index = Path(folder, INDEX_NAME).exists()
+    if not has_index and Path(folder, "training_config.json").exists() and Path(folder, "checksums.json").exists():
+        run = Path(folder).resolve().parent
+        raise ValueError(
+            f"{folder} is a checkpoint of a training run, whose pipeline is in {run} once the run has ended. Load that, and this "
+            f"step's model in it: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel.from_pretrained("
+            f"{folder!r}, subfolder='transformer'))`, with the `latent_embedder` likewise."
+        )
 
 
 def _tensor_names(component: Path, variant: str | None) -> set[str]:
@@ -212,14 +286,17 @@ class DoDRepositoryMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
-            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `torch_dtype`, `variant`, `revision`, `token`, ...
+            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, ...
 
         Raises:
             ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
         """
         source = str(pretrained_model_name_or_path)
         kwargs.pop("trust_remote_code", None)
+        if "dtype" in kwargs:
+            kwargs[DTYPE_ARGUMENT] = kwargs.pop("dtype")
         folder = source if os.path.isdir(source) else cls.download(source, **kwargs)
+        check_not_a_checkpoint(folder)
         if kwargs.setdefault("use_safetensors", True):
             check_weights(folder, set(kwargs), source, kwargs.get("variant"))
         pipeline = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
@@ -227,12 +304,13 @@ class DoDRepositoryMixin:
         return pipeline
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, torch_dtype: Any = None, **components: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, dtype: Any = None, torch_dtype: Any = None, **components: Any) -> Any:
         """A pipeline with the components and labels of another, as diffusers' own pipelines have it.
 
         Args:
             pipeline: any pipeline with a DoD pipeline's components.
-            torch_dtype (`torch.dtype`, *optional*): to which the shared models are brought.
+            dtype (`torch.dtype`, *optional*): to which the shared models are brought.
+            torch_dtype (`torch.dtype`, *optional*): its older name.
             components: those that take the place of the other pipeline's.
 
         Raises:
@@ -244,7 +322,8 @@ class DoDRepositoryMixin:
         shared = {name: part for name, part in pipeline.components.items() if name in expected}
         labels = {"id2label": pipeline.config.get("id2label")}
         new = cls(**{**labels, **shared, **components})
-        return new if torch_dtype is None else new.to(dtype=torch_dtype)  # type: ignore[attr-defined]
+        dtype = torch_dtype if dtype is None else dtype
+        return new if dtype is None else new.to(dtype=dtype)  # type: ignore[attr-defined]
 
     # diffusers' own `download` refuses a repository that carries code, and fails on a component of a third-party
     # package that does not; overriding it and `load_config` changes nothing outside this class.
@@ -278,13 +357,19 @@ class DoDRepositoryMixin:
         weights = kwargs
         if push_to_hub:
             weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
+        # diffusers leaves out what was None at first and was set later, such as a guider.
+        self.register_modules(**{name: getattr(self, name) for name in self._optional_components})  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             index_file = Path(save_directory, INDEX_NAME)
             index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
-            for path, text in carried_code(index, str(sys.modules[type(self).__module__].__file__)).items():
+            code = carried_code(index, str(sys.modules[type(self).__module__].__file__))
+            for path, text in code.items():
                 Path(save_directory, path).write_text(text, encoding="utf-8")
-            index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(index_file, index)
+            if BLOCK_NAME in code:
+                for name, value in modular_files(index, str(save_directory)).items():
+                    write_json(Path(save_directory, name), value)
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers.loaders.peft as diffusers_peft
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,11 +27,15 @@ from .layers import (
 )
 
 
-# `set_adapters` of some diffusers releases (0.36, 0.37) knows the models of this table only; others need no entry.
-getattr(diffusers_peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {}).setdefault(
-    "DoDTransformer2DModel", lambda model, weights: weights
-)
-
+# Private names of diffusers: without one its form of parallelism is off.
+try:
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+except ImportError:
+    ContextParallelInput = ContextParallelOutput = None
+try:
+    from diffusers.hooks.tensor_parallel import PackedColwiseParallel  # from 0.40
+except ImportError:
+    PackedColwiseParallel = None
 
 # JiT's bound on the denominator of the velocity that a clean sample implies.
 LEAST_SIGMA = 0.05
@@ -112,6 +115,21 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
     _no_split_modules = ["DoDTransformerBlock"]
     _repeated_blocks = ["DoDTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "norm", "adaln"]
+    # Processes share the tokens between the first block and the last: the prior is in them by then.
+    _cp_plan = ContextParallelInput and {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "transformer_blocks.*": {"rotary_emb": [ContextParallelInput(split_dim=0, expected_dims=2)] * 2},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    # Processes share the heads and the feed-forward's width. Modulation and norms are whole in each.
+    _tp_plan = PackedColwiseParallel and {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": PackedColwiseParallel(),
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
 
     @register_to_config
     def __init__(
@@ -212,11 +230,6 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
                 "FasterCache would drop the unguided half of a batch without its `class_labels`: pass "
                 "`is_guidance_distilled=True`, which keeps the batch whole and only skips attention."
             )
-        # First-block and magnitude caching look the block up in this registry, which diffusers fills with its own
-        # models only and does not export; every other cache works without it.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
     def forward(

@@ -6,6 +6,8 @@ from tests.models.testing_utils import (
     AttentionBackendTesterMixin,
     AttentionTesterMixin,
     BaseModelTesterConfig,
+    ContextParallelAttentionBackendsTesterMixin,
+    ContextParallelTesterMixin,
     FasterCacheTesterMixin,
     FirstBlockCacheTesterMixin,
     LoraHotSwappingForModelTesterMixin,
@@ -15,6 +17,7 @@ from tests.models.testing_utils import (
     ModelTesterMixin,
     PyramidAttentionBroadcastTesterMixin,
     TaylorSeerCacheTesterMixin,
+    TensorParallelTesterMixin,
     TorchCompileTesterMixin,
     TrainingTesterMixin,
 )
@@ -38,13 +41,13 @@ class TransformerConfig(BaseModelTesterConfig):
             "num_classes": 10,
         }
 
-    def get_dummy_inputs(self, height=8, width=8):
+    def get_dummy_inputs(self, height=8, width=8, batch_size=2):
         generator = torch.Generator().manual_seed(0)
         inputs = {
-            "hidden_states": torch.randn(2, 4, height, width, generator=generator),
-            "timestep": torch.tensor([100.0, 900.0]),
-            "class_labels": torch.tensor([3, 10]),
-            "encoder_hidden_states": torch.randn(2, height * width // 4, 32, generator=generator),
+            "hidden_states": torch.randn(batch_size, 4, height, width, generator=generator),
+            "timestep": torch.tensor([100.0, 900.0])[:batch_size],
+            "class_labels": torch.tensor([3, 10])[:batch_size],
+            "encoder_hidden_states": torch.randn(batch_size, height * width // 4, 32, generator=generator),
         }
         return {name: tensor.to(torch_device) for name, tensor in inputs.items()}
 
@@ -80,6 +83,19 @@ class TestLora(TransformerConfig, LoraTesterMixin):
 
 class TestLoraHotSwapping(TransformerConfig, LoraHotSwappingForModelTesterMixin):
     different_shapes_for_compilation = [(8, 12), (16, 4), (12, 20)]
+
+
+# These three want two accelerators; `tests/test_parallel.py` has two processes on a CPU.
+class TestContextParallel(TransformerConfig, ContextParallelTesterMixin):
+    pass
+
+
+class TestContextParallelAttentionBackends(TransformerConfig, ContextParallelAttentionBackendsTesterMixin):
+    pass
+
+
+class TestTensorParallel(TransformerConfig, TensorParallelTesterMixin):
+    pass
 
 
 class TestPyramidAttentionBroadcast(TransformerConfig, PyramidAttentionBroadcastTesterMixin):

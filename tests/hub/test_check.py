@@ -318,10 +318,14 @@ def test_newest_sample_grid_is_the_picture(folder):
 def test_carried_code_is_the_packages_own():
     """Every line of the modules is carried but for the imports among them, and nothing else is."""
     package = Path(DoDPipeline.save_pretrained.__code__.co_filename).parent
+    models = ["transformer_dod", "latent_embedder_dod"]
+    pipeline = (
+        "adapters arguments autoencoding compatibility denoising guidance labels pictures priors repository".split()
+    )
     for root, parts in {
-        "pipeline_dod": ["arguments", "autoencoding", "compatibility", "labels", "pictures", "priors", "repository"],
-        "transformer_dod": ["arguments", "layers"],
-        "latent_embedder_dod": ["arguments", "layers"],
+        "pipeline_dod": pipeline,
+        "models_dod": ["transformer_dod", "latent_embedder_dod", "arguments", "layers"],
+        "modular_dod": [*(part for part in pipeline if part != "adapters"), *models, "layers"],
     }.items():
         carried = standalone_source(package / f"{root}.py")
         compile(carried, root, "exec")
@@ -349,7 +353,7 @@ def test_compiled_pipeline_carries_its_code(tmp_path):
     pipe = tiny_pipeline()
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "transformer_dod"
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "diffusers_dod"
     DoDPipeline.from_pretrained(tmp_path)
 
 

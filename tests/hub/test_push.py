@@ -120,7 +120,8 @@ def test_push_is_one_commit_that_passes_the_check(hub, pushed, capsys):
     folder, _ = pushed
     assert len(hub.repositories["user/model"].commits) == 2  # the empty repository's and the push's
     files = hub.files("user/model")
-    assert {"README.md", "model_index.json", "pipeline.py", "transformer/transformer_dod.py"} <= set(files)
+    assert {"README.md", "model_index.json", "pipeline.py", "transformer/diffusers_dod.py"} <= set(files)
+    assert {"block.py", "modular_config.json", "modular_model_index.json"} <= set(files)
     assert "transformer/diffusion_pytorch_model.fp16.safetensors" in files
     assert not any(b"/home/me" in content or str(folder).encode() in content for content in files.values())
     assert main(["check", str(folder), "--license", "mit"]) == 0, capsys.readouterr().out
@@ -161,27 +162,48 @@ def test_machine_without_the_package_gets_the_same_images(hub, pushed, tmp_path)
     np.save(numpy_file, images)
     code = f"""
         import sys
-        from diffusers import DiffusionPipeline
-        try:
-            DiffusionPipeline.from_pretrained("user/model")
-            raise SystemExit("it was loaded without trust")
-        except ValueError as error:
-            assert "trust_remote_code=True" in str(error), error
+        from diffusers import AutoModel, ClassifierFreeGuidance, DiffusionPipeline, ModularPipeline
+        for kind in (DiffusionPipeline, ModularPipeline):
+            try:
+                kind.from_pretrained("user/model")
+                raise SystemExit("it was loaded without trust")
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error), error
+        for name in ("transformer", "latent_embedder"):
+            try:
+                AutoModel.from_pretrained("user/model", subfolder=name)
+                raise SystemExit("it was loaded without trust")
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error), error
         assert not any("diffusers_modules" in name for name in sys.modules)
         pipe = again(DiffusionPipeline.from_pretrained, "user/model", trust_remote_code=True)
         assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
         assert pipe.get_label_ids('Tinca tinca') == [0]
+        for name in ("transformer", "latent_embedder"):
+            model = AutoModel.from_pretrained("user/model", subfolder=name, trust_remote_code=True)
+            assert type(model).__name__ == type(getattr(pipe, name)).__name__
+            pipe.register_modules(**{{name: model}})
+        assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
         pipe.save_pretrained({again!r})
         pipe = DiffusionPipeline.from_pretrained({again!r}, trust_remote_code=True)
         assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
         # The pipeline's own class loads, too.
         pipe = type(pipe).from_pretrained({again!r})
         assert numpy.array_equal(sample(pipe), numpy.load({numpy_file!r}))
+        # The same as blocks.
+        modular = ModularPipeline.from_pretrained("user/model", trust_remote_code=True)
+        modular.load_components()
+        modular.update_components(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+        pipe.guider = modular.guider
+        options = {{"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}}
+        images = modular(class_labels=["Hüpfball", 1], output="images", **options)
+        assert numpy.array_equal(images, sample(pipe, guidance_scale=None))
+        assert not numpy.array_equal(images, numpy.load({numpy_file!r}))
     """
     done = run_code(hub, tmp_path / "home", WITHOUT_PACKAGE + textwrap.dedent(code))
     assert not hub.cut_download
     assert "Expected types" not in done.stderr
-    for path in ("pipeline.py", "transformer/transformer_dod.py", "latent_embedder/latent_embedder_dod.py"):
+    for path in ("pipeline.py", "transformer/diffusers_dod.py", "latent_embedder/diffusers_dod.py"):
         assert Path(again, path).read_text() == Path(folder, path).read_text()
     assert np.array_equal(sample_here(diffusers_dod.DoDPipeline.from_pretrained(again)), images)
 
@@ -203,7 +225,7 @@ def test_ways_of_loading_with_the_package(hub, pushed, tmp_path):
         def cached(pattern):
             return glob.glob(os.path.join(os.environ["HF_HOME"], "hub/*/snapshots/*", pattern))
 
-        half = DoDPipeline.from_pretrained("user/model", variant="fp16", torch_dtype=torch.float16)
+        half = DoDPipeline.from_pretrained("user/model", variant="fp16", dtype=torch.float16)
         assert {{p.dtype for p in half.transformer.parameters()}} == {{torch.float16}}
         assert cached("transformer/*.fp16.safetensors") and not cached("transformer/diffusion_pytorch_model.safetensors")
         assert not cached("*.py") and not cached("*/*.py")
@@ -232,6 +254,8 @@ def test_ways_of_loading_with_the_package(hub, pushed, tmp_path):
     """
     run_code(hub, tmp_path / "home", code)
     assert hub.files("user/sharded", "main") == {}  # the branch has it, `main` is as it was
+    modular = json.loads(hub.files("user/sharded", "v2")["modular_model_index.json"])["transformer"][2]
+    assert (modular["pretrained_model_name_or_path"], modular["revision"]) == ("user/sharded", "v2")
     offline = f"""
         from diffusers_dod import DoDPipeline
         pipe = DoDPipeline.from_pretrained("user/model")
@@ -310,7 +334,7 @@ def test_second_push_replaces_the_first(hub, pushed, tmp_path):
     for name in ("user/by-method", "user/by-saving"):
         pushed_files = hub.files(name)
         assert f'from_pretrained("{name}", trust_remote_code=True)' in pushed_files["README.md"].decode()
-        assert {"pipeline.py", "transformer/transformer_dod.py"} <= set(pushed_files)
+        assert {"pipeline.py", "transformer/diffusers_dod.py"} <= set(pushed_files)
     assert hub.files("user/replaced") == before
     proposed = hub.files("user/replaced", "refs/pr/1")
     assert proposed["notes.txt"] == b"mine"
@@ -373,7 +397,7 @@ def test_repositories_that_want_to_run_code(hub, tmp_path):
     # The same code is no hindrance where the class is ours: it is not even downloaded.
     files = evil_repositories(tmp_path / "good", marker)["stranger"][0]
     files["model_index.json"] = files["model_index.json"].replace(b"EvilPipeline", b"DoDPipeline")
-    files["transformer/transformer_dod.py"] = EVIL.format(marker=marker).encode()
+    files["transformer/diffusers_dod.py"] = EVIL.format(marker=marker).encode()
     hub.put("user/other-code", files)
     code = f"""
         import os
@@ -505,6 +529,9 @@ OLD = {
     "LICENSE": False,
     ".gitattributes": False,
     "vaes/other.json": False,
+    "block.py": True,
+    "modular_config.json": True,
+    "modular_model_index.json": True,
     "extra/pipeline.py": False,
     "transformer.txt": False,
     "pytorch_lora_weights.safetensors": False,
@@ -531,7 +558,7 @@ def test_a_code_model_goes_along_and_away(hub, tmp_path):
     np.save(tmp_path / "images.npy", images)
     assert push(hub, tmp_path, tmp_path / "coded", "user/coded", "--license", "mit").returncode == 0
     files = hub.files("user/coded")
-    assert {"code_transformer/transformer_dod.py", "code_scheduler/scheduler_config.json"} <= set(files)
+    assert {"code_transformer/diffusers_dod.py", "code_scheduler/scheduler_config.json"} <= set(files)
     assert "| code model | " in files["README.md"].decode() and "num_stages" not in files["README.md"].decode()
     code = f"""
         from diffusers import DiffusionPipeline

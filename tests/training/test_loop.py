@@ -26,7 +26,7 @@ from training_runs import (
     write_digits,
 )
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.cli import BadInput
 from diffusers_dod.data.images import center_crop, collate_images
 from diffusers_dod.training.options import build_parser
@@ -70,7 +70,7 @@ def trained(digits, tmp_path_factory) -> tuple[Path, str]:
         *(output_dir, "--train_data_dir", digits, "--resolution", 14, "--max_train_steps", 300),
         *("--train_batch_size", 48, "--learning_rate", 5e-3, "--adam_beta2", 0.95, "--ema_decay", 0.95),
         *("--checkpointing_steps", 100, "--checkpoints_total_limit", 2, "--validation_steps", 300),
-        *("--report_to", "tensorboard"),
+        *("--keep_checkpoint_at", 50, "--report_to", "tensorboard"),
         transformer=transformer,
         embedder=embedder,
     )
@@ -96,9 +96,33 @@ def test_a_trained_model_samples_the_digits_it_saw_in_every_stage(trained, digit
         assert errors[own].max() < errors[~own].min() / 2, errors.round(3)
 
 
+def test_a_kept_checkpoint_guides_the_model_that_it_became(trained):
+    output_dir, _ = trained
+    pipeline, early = DoDPipeline.from_pretrained(output_dir), output_dir / "checkpoint-50"
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_stages": 1, "guidance_interval": (0, 1), "num_inference_steps": 4, "output_type": "latent"}
+
+    def draw(scale):
+        return pipeline([0, 1], guidance_scale=scale, generator=torch.Generator().manual_seed(0), **options).images
+
+    plain = draw(1.0)
+    pipeline.weak_transformer = DoDTransformer2DModel.from_pretrained(early, subfolder="transformer_ema_0.95")
+    guided = draw(2.0)
+    assert torch.isfinite(guided).all() and (guided - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=f"is a checkpoint of a training run, whose pipeline is in {output_dir}"):
+        DoDPipeline.from_pretrained(early)
+    step = {
+        name: model.from_pretrained(early, subfolder=name)
+        for name, model in (("transformer", DoDTransformer2DModel), ("latent_embedder", DoDLatentEmbedder))
+    }
+    pipeline = DoDPipeline.from_pretrained(output_dir, **step)  # as the message says
+    assert pipeline.transformer is step["transformer"]
+
+
 def test_the_run_leaves_its_last_checkpoints_and_its_configuration(trained):
     output_dir, _ = trained
-    assert sorted(path.name for path in output_dir.glob("*checkpoint*")) == ["checkpoint-200", "checkpoint-300"]
+    left = ["checkpoint-200", "checkpoint-300", "checkpoint-50"]  # the last two, and the one to keep
+    assert sorted(path.name for path in output_dir.glob("*checkpoint*")) == left
     config = json.loads((output_dir / "training_config.json").read_text())
     assert config["learning_rate"] == 5e-3 and config["timestep_density"] == "logit_normal"
     assert config["transformer_config"]["in_channels"] == 1 and config["transformer_config"]["num_classes"] == 3

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoding import encode_posterior, vae_spatial_factor
 from ..cli import BadData, BadInput, bad_input
+from ..compatibility import DTYPE_ARGUMENT
 from ..files import json_sha256, weights_sha256
 from ..processes import end_together
 from .cache_writing import LatentCacheWriter, cache_settings
@@ -61,9 +62,8 @@ def cache(args: argparse.Namespace) -> None:
     names, labels = [every_name[row] for row in rows], [every_label[row] for row in rows]
     # Missing, private, offline, another class: the libraries raise many kinds.
     with bad_input(Exception, what=f"{args.vae_name_or_path} cannot be loaded"):
-        vae = AutoModel.from_pretrained(
-            args.vae_name_or_path, subfolder=args.vae_subfolder, cache_dir=args.cache_dir, torch_dtype=torch.float32
-        )
+        where = {"subfolder": args.vae_subfolder, "cache_dir": args.cache_dir}
+        vae = AutoModel.from_pretrained(args.vae_name_or_path, **where, **{DTYPE_ARGUMENT: torch.float32})
     vae.requires_grad_(False).eval().to(accelerator.device)
     factor = vae_spatial_factor(vae)
     encoder, multiple = None, factor

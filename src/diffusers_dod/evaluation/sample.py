@@ -39,7 +39,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     interval = "part of the steps that is guided, from noise (0) to sample (1)"
     add("--guidance_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], help=interval)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")
-    add("--torch_dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the models")
+    add(
+        "--dtype", "--torch_dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the models"
+    )
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the transformer's blocks")
     add("--npz", action=argparse.BooleanOptionalAction, default=False, help="write ADM's .npz at the end")
     args = parser.parse_args(argv)

@@ -78,9 +78,9 @@ def sample(args: argparse.Namespace) -> None:
 
     # 1. The pipeline, and the settings, which must be those of the images that lie there already
     with bad_input():
-        pipe = DoDPipeline.from_pretrained(
-            args.model, revision=args.revision, torch_dtype=getattr(torch, args.torch_dtype)
-        ).to(state.device)
+        pipe = DoDPipeline.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype)).to(
+            state.device
+        )
     if args.num_stages is None:
         args.prior_source = args.prior_source or ("stage" if pipe.code_transformer is None else "codes")
         args.num_stages = 2 if args.prior_source == "stage" else 1

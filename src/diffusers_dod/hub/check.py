@@ -7,12 +7,14 @@ from typing import Any
 import diffusers
 import torch
 import yaml
+from diffusers import guiders
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ..cli import first_line
-from ..compatibility import check_code_model, check_components, check_scheduler
+from ..compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from ..guidance import check_guider
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..repository import INDEX_NAME, resolve_index
 from ..transformer_dod import DoDTransformer2DModel
@@ -22,7 +24,7 @@ from .card import EVALUATION_NAME, LORA_NAME, TRAINING_NAME, read_evaluation, re
 PACKAGE = __name__.partition(".")[0]
 CARD_NAME = "README.md"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-PARTS = ("transformer", "latent_embedder", "scheduler", "vae", "code_transformer", "code_scheduler")
+PARTS = "transformer latent_embedder scheduler vae code_transformer code_scheduler guider weak_transformer".split()
 # Beside the components' folders, these are read; all but the training's configuration also go up.
 ROOT_FILES = (CARD_NAME, INDEX_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", EVALUATION_NAME, TRAINING_NAME, LORA_NAME)
 
@@ -57,9 +59,9 @@ def component_classes(folder: Path) -> dict[str, Any]:
     own = {cls.__name__: cls for cls in (DoDTransformer2DModel, DoDLatentEmbedder)}
     classes = {}
     for name in names:
-        cls = own.get(index[name][1]) or getattr(diffusers, index[name][1], None)
+        cls = own.get(index[name][1]) or getattr(diffusers, index[name][1], getattr(guiders, index[name][1], None))
         if not isinstance(cls, type) or not hasattr(cls, "config_name"):
-            raise ValueError(f"{name}: {index[name][1]} is no model and no scheduler of diffusers")
+            raise ValueError(f"{name}: {index[name][1]} is no model, no scheduler and no guider of diffusers")
         classes[name] = cls
     return classes
 
@@ -251,6 +253,10 @@ def _check_pipeline(folder: Path, files: dict[str, Path]) -> list[str]:
             check_components(loaded["transformer"].config, loaded["latent_embedder"].config, loaded.get("vae"))
             scheduler = loaded["scheduler"]
             check_scheduler(type(scheduler), scheduler.config, loaded["transformer"].config)
+            if "weak_transformer" in loaded:
+                check_weak_model(loaded["weak_transformer"].config, loaded["transformer"].config)
+            if "guider" in loaded:
+                check_guider(loaded["guider"], loaded["transformer"])
             if ("code_transformer" in loaded) != ("code_scheduler" in loaded):
                 raise ValueError("a code model needs both `code_transformer` and `code_scheduler`")
             if "code_transformer" in loaded:

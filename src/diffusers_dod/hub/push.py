@@ -15,7 +15,18 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..cli import first_line
-from ..repository import INDEX_NAME, carried_code, index_with_code, resolve_index
+from ..compatibility import DTYPE_ARGUMENT
+from ..repository import (
+    BLOCK_CONFIG_NAME,
+    BLOCK_NAME,
+    CARRIED_NAME,
+    INDEX_NAME,
+    MODULAR_INDEX_NAME,
+    carried_code,
+    index_with_code,
+    modular_files,
+    resolve_index,
+)
 from .card import EVALUATION_NAME, TRAINING_NAME, build_card, build_lora_card, read_evaluation, read_json, read_object
 from .check import CARD_NAME, PACKAGE, PARTS, check_folder, component_classes, find_stage_grid, is_model, list_files
 
@@ -51,17 +62,25 @@ def write_variant(folder: Path, variant: str, target: Path) -> None:
     """
     for name, cls in component_classes(folder).items():
         if is_model(cls):
-            model = cls.from_pretrained(folder / name, torch_dtype=VARIANTS[variant], use_safetensors=True)
+            dtype = {DTYPE_ARGUMENT: VARIANTS[variant]}
+            model = cls.from_pretrained(folder / name, **dtype, use_safetensors=True)
             model.save_pretrained(target / name, variant=variant)
 
 
-def collect_upload(folder: str | Path, card: str, include_code: bool = True) -> dict[str, Path | bytes]:
+def collect_upload(
+    folder: str | Path,
+    card: str,
+    include_code: bool = True,
+    repo_id: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Path | bytes]:
     """What a push uploads, by its path in the repository.
 
     Args:
         folder (`str` or `Path`): a saved pipeline or a LoRA's folder, in which [`check_folder`] finds nothing wrong.
         card (`str`): text of the model card.
         include_code (`bool`, defaults to `True`): whether to carry the code that diffusers alone needs.
+        repo_id (`str`, *optional*), revision (`str`, *optional*): where modular pipelines find the components.
     """
     folder = Path(folder)
     files, _ = list_files(folder)
@@ -76,8 +95,10 @@ def collect_upload(folder: str | Path, card: str, include_code: bool = True) -> 
         return upload
     index = _without_origin(read_object(files[INDEX_NAME]))
     if include_code:
-        index = index_with_code(index)
+        # AutoModel reads this here, not in the models' configs. In a folder it would hide the package from AutoModel.
+        index = index_with_code(index) | {"auto_map": {"AutoModel": f"{CARRIED_NAME}.DoDModel"}}
         upload |= {path: text.encode() for path, text in carried_code(index).items()}
+        upload |= {name: _json_bytes(value) for name, value in modular_files(index, repo_id, revision).items()}
     else:
         index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
     upload[INDEX_NAME] = _json_bytes(index)
@@ -187,7 +208,7 @@ def push_folder(
             card = build_lora_card(**about)
         else:
             card = build_card(folder, has_picture=find_stage_grid(folder) is not None, has_code=include_code, **about)
-        upload = collect_upload(folder, card, include_code)
+        upload = collect_upload(folder, card, include_code, repo_id, revision)
         if variant is not None and not is_lora:
             written = Path(scratch, "variant")
             write_variant(folder, variant, written)
@@ -213,6 +234,7 @@ def push_folder(
         # 3. One commit, which also deletes what an earlier push of a pipeline left
         owned = sorted({*PARTS, *(path.partition("/")[0] for path in upload if "/" in path)})
         stale = [*(f"{name}/*" for name in owned), "pipeline.py", "stages.png", EVALUATION_NAME]
+        stale += [BLOCK_NAME, BLOCK_CONFIG_NAME, MODULAR_INDEX_NAME]
         return _commit(
             staging,
             repo_id,

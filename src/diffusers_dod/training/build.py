@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from ..arguments import is_count
 from ..autoencoding import vae_latent_channels, vae_spatial_factor
 from ..cli import BadInput, bad_input
+from ..compatibility import DTYPE_ARGUMENT
 from ..data.batches import TrainingData, load_data
 from ..data.cache_writing import vae_settings
 from ..data.features import REPAEncoder
@@ -156,7 +157,7 @@ def build_repa(args: argparse.Namespace, data: TrainingData, transformer: DoDTra
 def load_component(loader: Any, path: str, **kwargs: Any) -> Any:
     # Missing, private, offline, another class: the libraries raise many kinds. The CPU, whatever the default device.
     with bad_input(Exception, what=f"{path} cannot be loaded as {loader.__name__}"), torch.device("cpu"):
-        return loader.from_pretrained(path, torch_dtype=torch.float32, **kwargs)
+        return loader.from_pretrained(path, **{DTYPE_ARGUMENT: torch.float32}, **kwargs)
 
 
 def build_model(model_class: Any, given: dict, derived: dict, option: str) -> Any:

@@ -188,6 +188,7 @@ def save_checkpoint(
     guard: StepGuard,
     total_limit: int | None = None,
     process_state: dict | None = None,
+    kept_steps: Collection[int] = (),
 ) -> None:
     """Writes `checkpoint-{step}` under another name, renames what is whole, and only then removes the oldest ones.
 
@@ -199,6 +200,7 @@ def save_checkpoint(
         guard ([`StepGuard`]): whose counts are kept.
         total_limit (`int`, *optional*): checkpoints to keep, this one included.
         process_state (`dict`, *optional*): what this process needs beside it, for [`load_process_state`].
+        kept_steps (collection of `int`): steps whose checkpoints are never removed and do not count.
 
     Raises:
         CheckpointNotWritten: in every process, if one of them could not write, for instance to a full disk.
@@ -247,8 +249,9 @@ def save_checkpoint(
         if path.exists():  # of a run that was resumed further back
             rubbish.append(path.rename(Path(output_dir, f"tmp-checkpoint-{step}-replaced")))
         unfinished.rename(path)
-        older = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != path]
-        surplus = max(len(older) + 1 - total_limit, 0) if total_limit else 0
+        kept = {path, *(Path(output_dir, f"checkpoint-{kept_step}") for kept_step in kept_steps)}
+        older = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint not in kept]
+        surplus = max(len(older) + (step not in kept_steps) - total_limit, 0) if total_limit else 0
         for checkpoint in older[:surplus]:
             rubbish.append(checkpoint.rename(Path(output_dir, f"tmp-{checkpoint.name}")))
         for folder in rubbish:

@@ -71,9 +71,8 @@ def train(
     vae = None if data.are_latents else pipeline.vae
     repa = build_repa(args, data, transformer)
     config = run_config(args, subject, accelerator)
-    # The global batch is dealt like cards: see `BatchSampler`.
     images_per_step = config["images_per_step"]
-    shares = accelerator.num_processes * args.gradient_accumulation_steps
+    shares = accelerator.num_processes * args.gradient_accumulation_steps  # dealt like cards: see `BatchSampler`
 
     # 2. The run's folder, for this run alone, and the checkpoint to resume from; nothing was written until here
     lock = None
@@ -142,7 +141,8 @@ def train(
     def save() -> None:
         nonlocal saved
         state = {"stream": stream_state} if args.streaming else None
-        save_checkpoint(accelerator, args.output_dir, step, config, guard, args.checkpoints_total_limit, state)
+        limit, kept = args.checkpoints_total_limit, args.keep_checkpoint_at
+        save_checkpoint(accelerator, args.output_dir, step, config, guard, limit, state, kept)
         saved = step
 
     with StopRequest() as stop:
@@ -210,7 +210,7 @@ def train(
             # 9. Checkpoint, samples and metrics
             if guard.exhausted:
                 raise TooManyBadSteps(f"{guard.in_a_row} steps in a row were skipped, the last one for {problem}")
-            checkpoints = step % args.checkpointing_steps == 0
+            checkpoints = step % args.checkpointing_steps == 0 or step in args.keep_checkpoint_at
             if read["stops"]:
                 stopped = stop.signal or signal.SIGTERM
                 continue

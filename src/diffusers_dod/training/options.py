@@ -14,8 +14,8 @@ from ..presets import PRESETS
 
 # What a resumed run may change.
 FREE_KEYS = frozenset(
-    "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing evaluation_samples "
+    "recipe output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit "
+    "keep_checkpoint_at validation_steps report_to cache_dir dataloader_num_workers on_broken_image compile gradient_checkpointing evaluation_samples "
     "evaluation_reference evaluation_extractor push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints "
     "peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
 )
@@ -117,6 +117,14 @@ def add_output_options(parser: Parser) -> None:
     add("--output_dir", required=True, help="folder of the run")
     add("--checkpointing_steps", type=POSITIVE, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=POSITIVE, help="checkpoints to keep; default: all")
+    add(
+        "--keep_checkpoint_at",
+        type=POSITIVE,
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help="steps whose checkpoints are kept beside that limit, as weaker models for autoguidance",
+    )
     add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
     add("--validation_steps", type=INTEGER, default=1000, help="steps between sample grids; 0 draws none")
     add(
