@@ -222,12 +222,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        channels = self.transformer.config.in_channels
-        if output_type == "pil" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
-                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
-            )
         check_generator(generator, batch_size)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -249,7 +243,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
             check_scales("code_guidance_scale", code_guidance_scale, 1)
-            check_scheduler(type(self.code_scheduler), self.code_scheduler.config, self.code_transformer.config)
+            scheduler, transformer = self.code_scheduler, self.code_transformer
+            check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
             code_patch_size = self.code_transformer.config.patch_size
             grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
             if grid[0] % code_patch_size or grid[1] % code_patch_size:
@@ -257,6 +252,12 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                     f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of "
                     f"{code_patch_size} does not divide: choose another size, pass `codes`, or `prior_source='stage'`."
                 )
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
+                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
+            )
 
     def prepare_latents(
         self,
