@@ -22,6 +22,8 @@ MODELS = {"digits": (28, "L"), "letters": (64, "RGB"), "emoji": (32, "RGB")}
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_draws_alike_with_and_without_the_package(name):
     folder, (size, mode) = EXAMPLES / "pretrained" / name, MODELS[name]
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(folder)
     images = []
     for pipeline_class, options in ((DoDPipeline, {}), (DiffusionPipeline, {"trust_remote_code": True})):
         pipe = pipeline_class.from_pretrained(folder, **options)

@@ -116,6 +116,24 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
+    """Writes the code of a saved pipeline into its folder, and its name into the index.
+
+    Args:
+        folder (`str` or `os.PathLike`): what `save_pretrained` wrote.
+        pipeline_file (`str`, *optional*): as for [`carried_code`].
+    """
+    index_file = Path(folder, INDEX_NAME)
+    index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
+    code = carried_code(index, pipeline_file)
+    for path, text in code.items():
+        Path(folder, path).write_text(text, encoding="utf-8")
+    write_json(index_file, index)
+    if BLOCK_NAME in code:
+        for name, value in modular_files(index, str(folder)).items():
+            write_json(Path(folder, name), value)
+
+
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
     """The index of a folder that carries its code, in the form that diffusers' `trust_remote_code` reads."""
     names = {
@@ -361,15 +379,7 @@ class DoDRepositoryMixin:
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
-            index_file = Path(save_directory, INDEX_NAME)
-            index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
-            code = carried_code(index, str(sys.modules[type(self).__module__].__file__))
-            for path, text in code.items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
-            write_json(index_file, index)
-            if BLOCK_NAME in code:
-                for name, value in modular_files(index, str(save_directory)).items():
-                    write_json(Path(save_directory, name), value)
+            write_code(save_directory, str(sys.modules[type(self).__module__].__file__))
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs
