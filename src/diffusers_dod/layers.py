@@ -134,10 +134,17 @@ def initialize_linear_xavier(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class DoDRMSNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its scale, as autocast has LayerNorm; of mixed ones PyTorch has no fused kernel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype))
+
+
 def make_norm(norm_type: str, dim: int) -> nn.Module:
     """A norm over channels: `"layer_norm"`, without parameters, or `"rms_norm"`, with a learned scale."""
     if norm_type == "rms_norm":
-        return nn.RMSNorm(dim, eps=NORM_EPS)
+        return DoDRMSNorm(dim, eps=NORM_EPS)
     return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
 
 

@@ -241,6 +241,16 @@ def test_another_source():
         convert_backbone(original.weights, "pixart", num_attention_heads=2)
 
 
+def test_lightningdits_feed_forward_is_no_dits():
+    """Also where its norms and rotary positions, which tell it from DiT, are switched off."""
+    weights = load_original("lightningdit").weights
+    plainer = {key: tensor for key, tensor in weights.items() if ".norm" not in key and "feat_rope" not in key}
+    plainer.pop("final_layer.norm_final.weight", None)
+    with pytest.raises(ValueError, match="no tensor blocks.0.mlp.fc1.bias"):
+        convert_backbone(plainer, "dit", num_attention_heads=2)
+    assert convert_backbone(plainer, "lightningdit", num_attention_heads=2).config.norm_type == "layer_norm"
+
+
 def test_learned_sigma_is_no_fitv2():
     original = load_original("fitv2")
     doubled = {
