@@ -14,6 +14,13 @@ def _normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
 
 
+def _norm(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm where the state dict has its scale, else LayerNorm without parameters."""
+    if f"{name}.weight" in state:
+        return x / ((x**2).mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+    return _normalize(x)
+
+
 def _linear(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...i,oi->...o", x, state[f"{name}.weight"]) + state[f"{name}.bias"]
 
@@ -58,7 +65,7 @@ def _attention(
         for part in ("to_q", "to_k", "to_v")
     )
     if qk_norm:
-        query, key = _normalize(query), _normalize(key)
+        query, key = _norm(state, f"{name}.norm_q", query), _norm(state, f"{name}.norm_k", key)
     if rotations is not None:
         query, key = _rotate(query, rotations), _rotate(key, rotations)
     scores = torch.einsum("bhqc,bhkc->bhqk", query, key) / math.sqrt(query.shape[-1])
@@ -77,8 +84,13 @@ def _feed_forward(state: dict, name: str, x: torch.Tensor, activation_fn: str = 
 
 
 def _patch_embed(state: dict, x: torch.Tensor, patch_size: int) -> torch.Tensor:
-    kernel = state["patch_embed.weight"].unflatten(1, (x.shape[1], patch_size, patch_size))
-    return F.conv2d(x, kernel, state["patch_embed.bias"], stride=patch_size).flatten(2).transpose(1, 2)
+    if "patch_embed.0.weight" in state:
+        kernel, last = state["patch_embed.0.weight"], state["patch_embed.1.weight"]
+        weight, bias = last @ kernel, state["patch_embed.1.bias"]
+    else:
+        weight, bias = state["patch_embed.weight"], state["patch_embed.bias"]
+    kernel = weight.unflatten(1, (x.shape[1], patch_size, patch_size))
+    return F.conv2d(x, kernel, bias, stride=patch_size).flatten(2).transpose(1, 2)
 
 
 def _resize_matrix(source: int, target: int) -> torch.Tensor:
@@ -100,23 +112,29 @@ def plain_transformer(config, state: dict, latents, timestep, class_labels, prio
     rows, columns = latents.shape[2] // patch_size, latents.shape[3] // patch_size
     rotations = None
     x = _patch_embed(state, latents, patch_size)
-    if config.pos_embed_type == "rope":
+    if config.pos_embed_type != "sincos":
         rotations = _rotations(rows, columns, config.attention_head_dim, config.rope_theta)
-    else:
+    if config.pos_embed_type != "rope":
         x = x + _positions(rows, columns, x.shape[-1], config.base_size)
     if prior_tokens is not None:
         x = x + prior_tokens
 
     time = config.timestep_offset + config.timestep_scale * timestep
     # In float32 like the model's: at timestep 1000 a frequency's last bit is 1e-4 of an angle.
-    angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / (128 - config.freq_shift))
+    angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
     time_emb = _linear(state, "time_embed.linear_1", torch.cat([angles.cos(), angles.sin()], dim=-1))
     time_emb = _linear(state, "time_embed.linear_2", time_emb * torch.sigmoid(time_emb))
     conditioning = time_emb + state["class_embed.weight"][class_labels]
     conditioning = conditioning * torch.sigmoid(conditioning)
 
+    tokens = x.shape[1]
     for i in range(config.num_layers):
         block = f"transformer_blocks.{i}"
+        if config.in_context_len and i == config.in_context_start:
+            class_tokens = state["class_embed.weight"][class_labels][:, None] + state["in_context_embed"]
+            x = torch.cat([class_tokens, x], dim=1)
+            if rotations is not None:
+                rotations = torch.cat([torch.ones(config.in_context_len, rotations.shape[1]), rotations])
         if config.adaln_type == "full":
             modulation = _linear(state, f"{block}.adaln", conditioning)
         else:
@@ -124,14 +142,14 @@ def plain_transformer(config, state: dict, latents, timestep, class_labels, prio
             modulation = _linear(state, "adaln_global", conditioning) + own
         modulation = modulation.unflatten(-1, (6, 1, -1))
         shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 2]
-        normalized = _normalize(x) * (1 + scale) + shift
+        normalized = _norm(state, f"{block}.norm1", x) * (1 + scale) + shift
         x = x + gate * _attention(state, f"{block}.attn", normalized, heads, rotations, config.qk_norm is not None)
         shift, scale, gate = modulation[:, 3], modulation[:, 4], modulation[:, 5]
-        normalized = _normalize(x, config.ff_norm_eps) * (1 + scale) + shift
+        normalized = _norm(state, f"{block}.norm2", x) * (1 + scale) + shift
         x = x + gate * _feed_forward(state, f"{block}.ff", normalized, config.activation_fn)
 
     shift, scale = _linear(state, "adaln_out", conditioning).unflatten(-1, (2, 1, -1)).unbind(1)
-    x = _normalize(x) * (1 + scale) + shift
+    x = _norm(state, "norm_out", x[:, -tokens:]) * (1 + scale) + shift
     kernel = state["proj_out.weight"].unflatten(0, (-1, patch_size, patch_size)).permute(3, 0, 1, 2)
     image = F.conv_transpose2d(x.transpose(1, 2).unflatten(2, (rows, columns)), kernel, stride=patch_size)
     bias = state["proj_out.bias"].unflatten(0, (-1, patch_size, patch_size))

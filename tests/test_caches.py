@@ -86,6 +86,25 @@ def test_cache_skips(make_config, attention_calls, feed_forward_calls):
     assert calls == {"attention": 3, "feed_forward": 3}
 
 
+@pytest.mark.parametrize("make_config", [make_config for make_config, *_ in CACHES])
+@torch.no_grad()
+def test_caches_of_a_model_with_class_tokens(make_config):
+    """Those that subtract the first block's tokens from the last one's are refused; those of attention skip it."""
+    model = tiny_transformer(num_layers=3, in_context_len=3, in_context_start=1)
+    if make_config in (first_block, mag):
+        with pytest.raises(ValueError, match=f"{type(make_config()).__name__} subtracts.*use a cache of attention"):
+            model.enable_cache(make_config())
+        assert not model.is_cache_enabled
+        return
+    model.enable_cache(make_config())
+    calls = count_calls(model)
+    with model.cache_context("test"):
+        model(**make_inputs(0))
+        assert calls == {"attention": 3, "feed_forward": 3}
+        assert model(**make_inputs(1)).sample.isfinite().all()
+    assert calls == {"attention": 3, "feed_forward": 6}
+
+
 @torch.no_grad()
 def test_faster_cache_skips_attention():
     model = tiny_transformer(num_layers=3)

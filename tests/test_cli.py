@@ -96,7 +96,7 @@ def test_help_names_every_default(helps, command):
 def test_help_tells_what_happens_without_an_option(helps):
     """Of those whose default the command finds out itself."""
     for words, needed in {
-        "convert": ("default: the checkpoint's, or 32", "default: 4", "default: none"),
+        "convert": ("default: the checkpoint's, or 32", "the checkpoint's, or 4", "default: REPA-E's own, or none"),
         "viz": ("default: the first 10",),
         "hub push": ("default: main",),
         "demo": ("DOD_MODEL",),

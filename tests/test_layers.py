@@ -1,6 +1,7 @@
 """The pieces both models are made of: patches, rotary positions, attention, feed-forward."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers_dod.layers import (
     DoDAttention,
     DoDRotaryEmbedding,
     DoDTransformerBlock,
+    make_norm,
     patchify,
     swiglu_feed_forward,
     unpatchify,
@@ -141,6 +143,18 @@ def test_queries_and_keys_are_normalized_without_parameters():
             linear.weight.mul_(3)
             linear.bias.mul_(3).add_(0.5)
     torch.testing.assert_close(attention(hidden_states, tables), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rms_norm_under_autocast_is_that_of_float32():
+    """As autocast has LayerNorm, and without PyTorch's warning that it has no kernel for mixed types."""
+    norm, tokens = make_norm("rms_norm", 16), torch.randn(2, 5, 16).to(torch.bfloat16)
+    norm.weight.uniform_(0.5, 2)
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        normalized = norm(tokens)
+    expected = tokens.float() / (tokens.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(normalized, expected)
 
 
 @pytest.mark.parametrize(("dim", "width"), [(768, 2048), (1152, 3072), (2304, 6144), (20, 53)])

@@ -23,9 +23,15 @@ NONSENSE = [
     *({"out_channels": value} for value in (0, -4)),
     *({"num_classes": value} for value in (-1, 2.5)),
     *({"adaln_rank": value} for value in (0, -1)),
-    *({name: value} for name in ("mlp_ratio", "rope_theta", "ff_norm_eps") for value in (0, -1.0, math.nan, math.inf)),
+    *({"patch_bottleneck_dim": value} for value in (0, -1)),
+    *({"in_context_len": value} for value in (-1, 2.0)),
+    *({"in_context_start": value} for value in (-1, None)),
+    *({name: value} for name in ("mlp_ratio", "rope_theta", "noise_scale") for value in (0, -1.0, math.nan, math.inf)),
     *({name: value} for name in ("timestep_scale", "timestep_offset") for value in (math.nan, math.inf, "1")),
-    *({name: "nonsense"} for name in ("prediction_type", "pos_embed_type", "activation_fn", "qk_norm", "adaln_type")),
+    *(
+        {name: "nonsense"}
+        for name in ("prediction_type", "pos_embed_type", "activation_fn", "qk_norm", "adaln_type", "norm_type")
+    ),
 ]
 EMBEDDER_NAMES = ("patch_size", "sample_size", "in_channels", "num_attention_heads", "attention_head_dim", "mlp_ratio")
 

@@ -19,6 +19,18 @@ DIT = {
     "adaln_type": "full",
 }
 
+# Every switch of the architecture as in JiT
+JIT = {
+    "pos_embed_type": "rope_sincos",
+    "base_size": 4,
+    "norm_type": "rms_norm",
+    "qk_norm": "rms_norm",
+    "adaln_type": "full",
+    "patch_bottleneck_dim": 6,
+    "in_context_len": 3,
+    "in_context_start": 1,
+}
+
 
 def make_inputs(batch=2, channels=4, height=8, width=8, num_classes=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -46,8 +58,14 @@ def make_prior(batch=2, tokens=16, dim=16, seed=1):
         {"activation_fn": "gelu-approximate", "mlp_ratio": 3.0},
         {"qk_norm": None},
         {"adaln_type": "full"},
-        {"freq_shift": 1, "ff_norm_eps": 0.1},
+        {"norm_type": "rms_norm"},
+        {"qk_norm": "rms_norm"},
+        {"pos_embed_type": "rope_sincos", "base_size": 4},
+        {"patch_bottleneck_dim": 3},
+        {"in_context_len": 3, "in_context_start": 1},
+        {"in_context_len": 2, "pos_embed_type": "sincos"},
         DIT,
+        JIT,
     ],
 )
 @pytest.mark.parametrize("size", [(8, 8), (4, 10)])
@@ -193,7 +211,7 @@ def test_prior_does_not_leak_into_rows_without_one():
 # --- how it starts
 
 
-@pytest.mark.parametrize("overrides", [{}, DIT])
+@pytest.mark.parametrize("overrides", [{}, DIT, JIT])
 def test_fresh_model_predicts_zero_with_and_without_prior(overrides):
     model = DoDTransformer2DModel(
         num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=10, **overrides
@@ -201,6 +219,8 @@ def test_fresh_model_predicts_zero_with_and_without_prior(overrides):
     inputs = make_inputs()
     assert model(*inputs).sample.abs().max() == 0
     assert model(*inputs, encoder_hidden_states=make_prior()).sample.abs().max() == 0
+    if model.config.in_context_len:
+        assert 0.01 < model.in_context_embed.std() < 0.03
 
 
 @pytest.mark.parametrize("overrides", [{}, DIT])
@@ -240,6 +260,53 @@ def test_parameter_counts(overrides, millions):
     assert model.transformer_blocks[0].adaln_down.out_features == width // 4
 
 
+# --- class tokens and noise of another scale
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_latents_tokens(layer):
+    """Class tokens come before the second block and are in no output."""
+    model, inputs = tiny_transformer(**JIT), make_inputs()
+    hidden_states = model(*inputs, hidden_states_layer=layer).hidden_states
+    assert hidden_states.shape == (2, 16, 16)
+    expected = []
+    hook = model.transformer_blocks[layer - 1].register_forward_hook(lambda *call: expected.append(call[-1]))
+    model(*inputs)
+    hook.remove()
+    assert expected[0].shape == (2, 16 + 3 * (layer - 1), 16)
+    assert torch.equal(hidden_states, expected[0][:, -16:])
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("x_prediction", [False, True])
+@torch.no_grad()
+def test_noise_scale_is_a_change_of_variables(scale, x_prediction):
+    """What the network makes of data and its own noise, said of data and unit noise: the clean sample is the same."""
+    config = {"prediction_type": "flow", "x_prediction": x_prediction, "timestep_scale": 0.001}
+    network, model = tiny_transformer(**config), tiny_transformer(**config, noise_scale=scale)
+    data, _, labels = make_inputs(3)
+    noise, _, _ = make_inputs(3, seed=1)
+    sigma = torch.tensor([0.1, 0.5, 0.9]).view(-1, 1, 1, 1)
+    own = (1 - sigma) * data + sigma * scale * noise
+    own_velocity = network(own, 1000 * sigma.flatten(), labels).sample
+    factor = 1 - sigma + scale * sigma
+    unit_sigma = scale * sigma / factor
+    velocity = model(own / factor, 1000 * unit_sigma.flatten(), labels).sample
+    torch.testing.assert_close(own / factor - unit_sigma * velocity, own - sigma * own_velocity)
+    # From either the other end of the path is the same noise, in its own unit.
+    torch.testing.assert_close(
+        scale * (own / factor + (1 - unit_sigma) * velocity), own + (1 - sigma) * own_velocity, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_goes_with_class_tokens_and_noise_scale():
+    with pytest.raises(ValueError, match="`noise_scale` needs `prediction_type='flow'`"):
+        tiny_transformer(noise_scale=2.0, prediction_type="epsilon")
+    with pytest.raises(ValueError, match="`in_context_start` is 2, but there are 2 blocks"):
+        tiny_transformer(in_context_len=1, in_context_start=2)
+
+
 # --- what it refuses
 
 
@@ -266,7 +333,7 @@ def test_unknown_prediction_type():
         tiny_transformer(prediction_type="velocity")
 
 
-@pytest.mark.parametrize("name", ["pos_embed_type", "activation_fn", "qk_norm", "adaln_type"])
+@pytest.mark.parametrize("name", ["pos_embed_type", "activation_fn", "norm_type", "qk_norm", "adaln_type"])
 def test_unknown_switch(name):
     with pytest.raises(ValueError, match=f"`{name}` is 'other'; use '"):
         tiny_transformer(**{name: "other"})

@@ -15,7 +15,7 @@ COMMANDS = {
     "sample": ("evaluation.sample", "draw many images for an evaluation"),
     "evaluate": ("evaluation.__main__", "compare samples with a reference: FID, KID, precision and recall, ..."),
     "probe": ("evaluation.probe", "measure how much of the class the codes hold"),
-    "convert": ("conversion.__main__", "make a DoD pipeline of a checkpoint of DiT, SiT or FiTv2"),
+    "convert": ("conversion.__main__", "make a DoD pipeline of a checkpoint of LightningDiT, JiT, SiT, DiT or FiTv2"),
     "hub": ("hub.__main__", "check a saved pipeline, or push it to the Hub"),
     "viz": ("viz.__main__", "draw stages, differences, codes and training curves"),
     "demo": ("demo.__main__", "open a page that draws stage by stage"),

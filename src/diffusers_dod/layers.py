@@ -2,11 +2,13 @@
 
 The backbone's details follow FiTv2 (Wang et al. 2024, arXiv 2410.13925, github.com/whlzy/FiT): 2D rotary positions,
 LayerNorm on queries and keys, SwiGLU and adaLN-zero with a shared and a low-rank part. The choices of DiT (Peebles & Xie
-2022, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are there too, for models that start from their weights.
+2022, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), LightningDiT (Yao et al. 2025, arXiv 2501.01423) and JiT (Li
+& He 2025, arXiv 2511.13720) are there too, for models that start from their weights.
 """
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import (
@@ -95,6 +97,14 @@ class DoDRotaryEmbedding(nn.Module):
         return cos, sin
 
 
+def prepend_unturned(
+    rotary_emb: tuple[torch.Tensor, torch.Tensor], num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of [`DoDRotaryEmbedding`] with rows for tokens without a position before those of the grid."""
+    cos, sin = rotary_emb
+    return F.pad(cos, (0, 0, num_tokens, 0), value=1.0), F.pad(sin, (0, 0, num_tokens, 0))
+
+
 def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, device: torch.device) -> torch.Tensor:
     """Fixed sine-cosine positions of a grid: the first half of the channels encodes the column, the second the row.
 
@@ -122,6 +132,20 @@ def initialize_linear_xavier(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class DoDRMSNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its scale, as autocast has LayerNorm; of mixed ones PyTorch has no fused kernel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype))
+
+
+def make_norm(norm_type: str, dim: int) -> nn.Module:
+    """A norm over channels: `"layer_norm"`, without parameters, or `"rms_norm"`, with a learned scale."""
+    if norm_type == "rms_norm":
+        return DoDRMSNorm(dim, eps=NORM_EPS)
+    return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
 
 
 def swiglu_feed_forward(dim: int, mlp_ratio: float) -> FeedForward:
@@ -167,7 +191,7 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
     Args:
         heads (`int`), dim_head (`int`): their product is the width.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
-            Norm of queries and keys: LayerNorm over a head's channels without parameters, or `None`.
+            Norm of queries and keys over a head's channels, as for [`make_norm`], or `None`.
     """
 
     _default_processor_cls = DoDAttnProcessor
@@ -185,8 +209,7 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         if qk_norm is None:
             self.norm_q, self.norm_k = nn.Identity(), nn.Identity()
         else:
-            self.norm_q = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
-            self.norm_k = nn.LayerNorm(dim_head, eps=NORM_EPS, elementwise_affine=False)
+            self.norm_q, self.norm_k = make_norm(qk_norm, dim_head), make_norm(qk_norm, dim_head)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
         self.set_processor(DoDAttnProcessor())
 
@@ -208,7 +231,7 @@ class DoDTransformerBlock(nn.Module):
         adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].
         activation_fn (`str`, defaults to `"swiglu"`): diffusers' name of the feed-forward's activation.
-        ff_norm_eps (`float`, defaults to 1e-6): epsilon of the norm before the feed-forward.
+        norm_type (`str`, defaults to `"layer_norm"`): as for [`make_norm`].
     """
 
     def __init__(
@@ -219,7 +242,7 @@ class DoDTransformerBlock(nn.Module):
         adaln_rank: int | None,
         qk_norm: str | None = "layer_norm",
         activation_fn: str = "swiglu",
-        ff_norm_eps: float = NORM_EPS,
+        norm_type: str = "layer_norm",
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -228,9 +251,9 @@ class DoDTransformerBlock(nn.Module):
         else:
             self.adaln_down = nn.Linear(dim, adaln_rank)
             self.adaln_up = nn.Linear(adaln_rank, 6 * dim)
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.norm1 = make_norm(norm_type, dim)
         self.attn = DoDAttention(num_attention_heads, attention_head_dim, qk_norm)
-        self.norm2 = nn.LayerNorm(dim, eps=ff_norm_eps, elementwise_affine=False)
+        self.norm2 = make_norm(norm_type, dim)
         if activation_fn == "swiglu":
             self.ff = swiglu_feed_forward(dim, mlp_ratio)
         else:

@@ -17,11 +17,12 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from .arguments import check_numbers, check_sizes
 from .layers import (
-    NORM_EPS,
     DoDRotaryEmbedding,
     DoDTransformerBlock,
     initialize_linear_xavier,
+    make_norm,
     patchify,
+    prepend_unturned,
     sincos_embedding_2d,
     unpatchify,
 )
@@ -89,26 +90,34 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `None` leaves it to the scheduler.
         pos_embed_type (`str`, defaults to `"rope"`):
             Positions of tokens: `"rope"` turns queries and keys (FiTv2); `"sincos"` adds a fixed table to the patch
-            embedding (DiT, SiT) and needs a width that is a multiple of 4.
+            embedding (DiT, SiT) and needs a width that is a multiple of 4; `"rope_sincos"` does both (LightningDiT, JiT).
         base_size (`int`, defaults to 16):
             Patches along a side that sine-cosine positions are counted in, those of the model's first training size;
             any other grid is interpolated onto it, as diffusers' `PatchEmbed` does.
         activation_fn (`str`, defaults to `"swiglu"`):
-            Activation of the feed-forward: `"swiglu"` (FiTv2) or `"gelu-approximate"` (DiT, SiT).
+            Activation of the feed-forward: `"swiglu"` (FiTv2, LightningDiT, JiT) or `"gelu-approximate"` (DiT, SiT).
+        norm_type (`str`, defaults to `"layer_norm"`):
+            Norms of the tokens: `"layer_norm"`, without parameters, or `"rms_norm"`, with a learned scale (LightningDiT,
+            JiT).
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
-            Norm of queries and keys: `"layer_norm"`, without parameters (FiTv2), or `None` (DiT, SiT).
+            Norm of queries and keys: `"layer_norm"`, without parameters (FiTv2), `"rms_norm"`, with a learned scale
+            (JiT), or `None` (DiT, SiT, LightningDiT).
         adaln_type (`str`, defaults to `"low_rank"`):
             Modulation: `"low_rank"` is a projection that all blocks share plus one of rank `adaln_rank` in each
-            (FiTv2); `"full"` is a full projection in each block (DiT, SiT).
-        freq_shift (`int`, defaults to 0):
-            The timestep's frequencies fall from 1 to 1/10000 over `128 - freq_shift` channels: 0 in DiT, SiT and FiTv2,
-            1 in diffusers' `DiTTransformer2DModel`.
-        ff_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of the norm before each feed-forward; diffusers' `DiTTransformer2DModel` has 1e-5 there.
+            (FiTv2); `"full"` is a full projection in each block (DiT, SiT, LightningDiT, JiT).
         x_prediction (`bool`, defaults to `False`):
             Whether the network's output is the clean sample (Li & He 2025, JiT, arXiv 2511.13720), for patches of many
             numbers in pixel space. `forward` still returns the velocity that it implies,
             `(noisy - sample) / max(sigma, 0.05)`, so schedulers and losses stay the same. For `"flow"` models only.
+        patch_bottleneck_dim (`int`, *optional*):
+            Makes the patch embedding two linear layers with that many channels between them (JiT).
+        in_context_len (`int`, defaults to 0), in_context_start (`int`, defaults to 0):
+            Class tokens, copies of the class embedding plus a learned one each, that stand before the tokens of the latents
+            from block `in_context_start` on (JiT).
+        noise_scale (`float`, defaults to 1.0):
+            Standard deviation of the noise that the network takes (JiT has 2 at 512 pixels). `forward` still takes unit
+            noise and returns its velocity, so schedulers and losses stay the same: the network sees the noisy latents
+            scaled to its own noise, at the time of the same signal-to-noise ratio. For `"flow"` models only.
 
     Examples:
         ```py
@@ -163,16 +172,20 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         activation_fn: str = "swiglu",
         qk_norm: str | None = "layer_norm",
         adaln_type: str = "low_rank",
-        freq_shift: int = 0,
-        ff_norm_eps: float = NORM_EPS,
         x_prediction: bool = False,
+        norm_type: str = "layer_norm",
+        patch_bottleneck_dim: int | None = None,
+        in_context_len: int = 0,
+        in_context_start: int = 0,
+        noise_scale: float = 1.0,
     ):
         super().__init__()
         for name, value, choices in (
             ("prediction_type", prediction_type, ("flow", "epsilon", "v_prediction", "sample", None)),
-            ("pos_embed_type", pos_embed_type, ("rope", "sincos")),
+            ("pos_embed_type", pos_embed_type, ("rope", "sincos", "rope_sincos")),
             ("activation_fn", activation_fn, ("swiglu", "gelu-approximate")),
-            ("qk_norm", qk_norm, ("layer_norm", None)),
+            ("norm_type", norm_type, ("layer_norm", "rms_norm")),
+            ("qk_norm", qk_norm, ("layer_norm", "rms_norm", None)),
             ("adaln_type", adaln_type, ("low_rank", "full")),
         ):
             if value not in choices:
@@ -186,36 +199,57 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             attention_head_dim=attention_head_dim,
             adaln_rank=1 if adaln_rank is None else adaln_rank,
             base_size=base_size,
+            patch_bottleneck_dim=1 if patch_bottleneck_dim is None else patch_bottleneck_dim,
         )
-        check_sizes(0, num_layers=num_layers, num_classes=num_classes, freq_shift=freq_shift)
-        check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, ff_norm_eps=ff_norm_eps)
+        check_sizes(
+            0,
+            num_layers=num_layers,
+            num_classes=num_classes,
+            in_context_len=in_context_len,
+            in_context_start=in_context_start,
+        )
+        check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, noise_scale=noise_scale)
         check_numbers(timestep_scale=timestep_scale, timestep_offset=timestep_offset)
         self.out_channels = in_channels if out_channels is None else out_channels
         if x_prediction and (prediction_type != "flow" or self.out_channels != in_channels):
             raise ValueError("`x_prediction` needs `prediction_type='flow'` and no `out_channels` of its own.")
+        if noise_scale != 1 and prediction_type != "flow":
+            raise ValueError("`noise_scale` needs `prediction_type='flow'`.")
+        if in_context_len and in_context_start >= num_layers:
+            raise ValueError(f"`in_context_start` is {in_context_start}, but there are {num_layers} blocks.")
         self.inner_dim = num_attention_heads * attention_head_dim
-        if pos_embed_type == "sincos" and self.inner_dim % 4:
+        if "sincos" in pos_embed_type and self.inner_dim % 4:
             raise ValueError(f"The width is {self.inner_dim}; sine-cosine positions need a multiple of 4.")
         if adaln_type == "full":
             adaln_rank = None
         elif adaln_rank is None:
             adaln_rank = self.inner_dim // 4
 
-        self.patch_embed = nn.Linear(in_channels * patch_size**2, self.inner_dim)
-        self.rope = DoDRotaryEmbedding(attention_head_dim, rope_theta) if pos_embed_type == "rope" else None
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
+        if patch_bottleneck_dim is None:
+            self.patch_embed = nn.Linear(in_channels * patch_size**2, self.inner_dim)
+        else:
+            self.patch_embed = nn.Sequential(
+                nn.Linear(in_channels * patch_size**2, patch_bottleneck_dim, bias=False),
+                nn.Linear(patch_bottleneck_dim, self.inner_dim),
+            )
+        self.rope = DoDRotaryEmbedding(attention_head_dim, rope_theta) if "rope" in pos_embed_type else None
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, self.inner_dim)
         self.class_embed = nn.Embedding(num_classes + 1, self.inner_dim)
+        if in_context_len:
+            self.in_context_embed = nn.Parameter(torch.zeros(1, in_context_len, self.inner_dim))
+            # Context parallelism splits the tokens of the latents, which class tokens do not follow.
+            self._cp_plan = None
         if adaln_type == "low_rank":
             self.adaln_global = nn.Linear(self.inner_dim, 6 * self.inner_dim)
         self.transformer_blocks = nn.ModuleList(
             DoDTransformerBlock(
-                num_attention_heads, attention_head_dim, mlp_ratio, adaln_rank, qk_norm, activation_fn, ff_norm_eps
+                num_attention_heads, attention_head_dim, mlp_ratio, adaln_rank, qk_norm, activation_fn, norm_type
             )
             for _ in range(num_layers)
         )
         self.adaln_out = nn.Linear(self.inner_dim, 2 * self.inner_dim)
-        self.norm_out = nn.LayerNorm(self.inner_dim, eps=NORM_EPS, elementwise_affine=False)
+        self.norm_out = make_norm(norm_type, self.inner_dim)
         self.proj_out = nn.Linear(self.inner_dim, self.out_channels * patch_size**2)
 
         self.gradient_checkpointing = False
@@ -226,6 +260,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         self.apply(initialize_linear_xavier)
         for embedding in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed):
             nn.init.normal_(embedding.weight, std=0.02)
+        if self.config.in_context_len:
+            nn.init.normal_(self.in_context_embed, std=0.02)
         modulations = [self.adaln_out]
         if self.config.adaln_type == "low_rank":
             modulations += [self.adaln_global, *(block.adaln_up for block in self.transformer_blocks)]
@@ -235,6 +271,11 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             nn.init.zeros_(linear.weight)
 
     def enable_cache(self, config: Any) -> None:
+        if self.config.in_context_len and type(config).__name__ in ("FirstBlockCacheConfig", "MagCacheConfig"):
+            raise ValueError(
+                f"{type(config).__name__} subtracts the first block's tokens from the last one's, but a model with class "
+                "tokens has more in its later blocks: use a cache of attention, such as `PyramidAttentionBroadcastConfig`."
+            )
         if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
             raise ValueError(
                 "FasterCache would drop the unguided half of a batch without its `class_labels`: pass "
@@ -274,16 +315,21 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         if hidden_states_layer is not None and not 1 <= hidden_states_layer <= num_layers:
             raise ValueError(f"`hidden_states_layer` is {hidden_states_layer}; choose one from 1 to {num_layers}.")
         batch, _, height, width = hidden_states.shape
-        patch_size = self.config.patch_size
-        dtype, noisy, sigma = hidden_states.dtype, hidden_states, timestep / 1000
+        patch_size, noise_scale = self.config.patch_size, self.config.noise_scale
+        dtype, unit_noisy, sigma = hidden_states.dtype, hidden_states, timestep / 1000
+        if noise_scale != 1:
+            # (1 - sigma) * data + sigma * noise, up to a factor, as a point of data and of noise of another scale
+            ratio = 1 / (sigma + noise_scale * (1 - sigma))
+            sigma, timestep = ratio * sigma, ratio * timestep
+            ratio = ratio.to(dtype).view(-1, 1, 1, 1)
+            hidden_states = noise_scale * ratio * hidden_states
+        noisy = hidden_states
 
         # 1. Tokens and where they stand, with the prior added
         grid, device = (height // patch_size, width // patch_size), hidden_states.device
         hidden_states = self.patch_embed(patchify(hidden_states, patch_size))
-        rotary_emb = None
-        if self.rope is not None:
-            rotary_emb = self.rope(*grid, device)
-        else:
+        rotary_emb = None if self.rope is None else self.rope(*grid, device)
+        if "sincos" in self.config.pos_embed_type:
             positions = sincos_embedding_2d(*grid, self.inner_dim, self.config.base_size, device)
             hidden_states = hidden_states + positions.to(hidden_states.dtype)
         if encoder_hidden_states is not None:
@@ -298,12 +344,18 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         # 2. Conditioning on time and class
         timestep = self.config.timestep_offset + self.config.timestep_scale * timestep
         timestep_emb = self.time_embed(self.time_proj(timestep.expand(batch)).to(dtype))
-        conditioning = F.silu(timestep_emb + self.class_embed(class_labels))
+        class_emb = self.class_embed(class_labels)
+        conditioning = F.silu(timestep_emb + class_emb)
         modulation = self.adaln_global(conditioning) if self.config.adaln_type == "low_rank" else None
 
-        # 3. Blocks
-        inner_hidden_states = None
+        # 3. Blocks, the later ones with class tokens before the others
+        inner_hidden_states, in_context_len = None, 0
         for layer, block in enumerate(self.transformer_blocks, start=1):
+            if self.config.in_context_len and layer == self.config.in_context_start + 1:
+                in_context_len = self.config.in_context_len
+                class_tokens = class_emb.unsqueeze(1) + self.in_context_embed
+                hidden_states = torch.cat([class_tokens, hidden_states], dim=1)
+                rotary_emb = None if rotary_emb is None else prepend_unturned(rotary_emb, in_context_len)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block, hidden_states, conditioning, modulation, rotary_emb
@@ -311,7 +363,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             else:
                 hidden_states = block(hidden_states, conditioning, modulation, rotary_emb)
             if layer == hidden_states_layer:
-                inner_hidden_states = hidden_states
+                inner_hidden_states = hidden_states[:, in_context_len:]
+        hidden_states = hidden_states[:, in_context_len:]
 
         # 4. Output
         shift, scale = self.adaln_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
@@ -319,6 +372,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         sample = unpatchify(hidden_states, height, width, patch_size)
         if self.config.x_prediction:
             sample = (noisy - sample) / sigma.to(sample.dtype).clamp(min=LEAST_SIGMA).view(-1, 1, 1, 1)
+        if noise_scale != 1:
+            sample = ratio * (sample - (noise_scale - 1) * unit_noisy)
 
         if not return_dict:
             return (sample,) if inner_hidden_states is None else (sample, inner_hidden_states)

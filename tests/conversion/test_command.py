@@ -74,6 +74,9 @@ def test_as_a_command(tmp_path):
         ("repa", diffusers.FlowMatchEulerDiscreteScheduler),
         ("fitv2", diffusers.FlowMatchEulerDiscreteScheduler),
         ("dit_learned_sigma", diffusers.DDIMScheduler),
+        ("lightningdit", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("repae", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("jit_noise_scale", diffusers.FlowMatchEulerDiscreteScheduler),
     ],
 )
 @torch.no_grad()
@@ -110,12 +113,12 @@ def test_diffusers_folder(form, tmp_path, capsys):
         reference.save_pretrained(folder, max_shard_size=shard_size, safe_serialization=form != "pickle")
     if form == "shards":
         assert len(list(folder.glob("*.safetensors"))) > 1
-    assert main(["diffusers-dit", str(folder), str(tmp_path / "output")]) == 0
+    assert main(["dit", str(folder), str(tmp_path / "output")]) == 0
     assert "2 heads" in capsys.readouterr().out
 
     pipe = DoDPipeline.from_pretrained(tmp_path / "output")
     options = {"num_attention_heads": 2, "sample_size": 12, "in_channels": 3}
-    assert_same_weights(pipe.transformer, convert_backbone(reference.state_dict(), "diffusers-dit", **options))
+    assert_same_weights(pipe.transformer, convert_backbone(reference.state_dict(), "dit", **options))
     inputs = (torch.randn(1, 3, 12, 12), torch.tensor([500]), torch.tensor([3]))
     assert relative_error(pipe.transformer(*inputs).sample, reference(*inputs).sample) < 1e-5
 
@@ -138,9 +141,7 @@ def test_head_count_of_a_published_width(tmp_path, capsys):
     """One block of width 384 is told to have S's 6 heads; a width that nobody published is refused."""
     reference = diffusers_dit(num_classes=1, num_layers=1, num_attention_heads=4, attention_head_dim=96)
     save_file(reference.state_dict(), tmp_path / "s.safetensors")
-    assert (
-        main(["diffusers-dit", str(tmp_path / "s.safetensors"), str(tmp_path / "output"), "--sample_size", "8"]) == 0
-    )
+    assert main(["dit", str(tmp_path / "s.safetensors"), str(tmp_path / "output"), "--sample_size", "8"]) == 0
     assert "6 heads" in capsys.readouterr().out
     save_file(load_original("dit").weights, tmp_path / "tiny.safetensors")
     message = refused(capsys, "dit", tmp_path / "tiny.safetensors", tmp_path / "other")
@@ -159,15 +160,15 @@ def test_refusals(tmp_path, capsys):
     assert "exists already" in refused(capsys, "dit", path, path, *heads)
     assert "cannot be written" in refused(capsys, "dit", path, path / "output", *heads)
     # Folders
-    assert "only diffusers-dit reads folders" in refused(capsys, "dit", tmp_path, output)
-    assert "config.json is missing or no JSON" in refused(capsys, "diffusers-dit", tmp_path, output)
+    assert "only dit reads folders" in refused(capsys, "sit", tmp_path, output)
+    assert "config.json is missing or no JSON" in refused(capsys, "dit", tmp_path, output)
     diffusers_dit().save_pretrained(tmp_path / "dit")
-    message = refused(capsys, "diffusers-dit", tmp_path / "dit", output, *heads)
+    message = refused(capsys, "dit", tmp_path / "dit", output, *heads)
     assert "--num_attention_heads cannot be given" in message
     diffusers_dit(norm_eps=1e-3).save_pretrained(tmp_path / "other")
-    assert "norm_eps is 0.001, not 1e-05" in refused(capsys, "diffusers-dit", tmp_path / "other", output)
+    assert "norm_eps is 0.001, not 1e-05" in refused(capsys, "dit", tmp_path / "other", output)
     (tmp_path / "dit/diffusion_pytorch_model.safetensors").unlink()
-    assert "has no diffusion_pytorch_model" in refused(capsys, "diffusers-dit", tmp_path / "dit", output)
+    assert "has no diffusion_pytorch_model" in refused(capsys, "dit", tmp_path / "dit", output)
     # The autoencoder
     assert "cannot be loaded as an autoencoder" in refused(capsys, "dit", path, output, *heads, "--vae", tmp_path)
     tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")

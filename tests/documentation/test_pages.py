@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from hub_server import TOKEN, HubServer
-from original_models import load_original
+from original_models import load_autoencoder, load_original, of_channels
 from safetensors.torch import save_file
 from training_runs import write_digits
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
@@ -57,6 +57,14 @@ REPLACED = [
         "cp tiny.pt DiT-XL-2-256x256.pt",
         "the same",
     ),
+    *(
+        (f"wget https://huggingface.co/hustvl/{repository}/resolve/main/{name}", f"cp tiny_{name} {name}", "the same")
+        for repository, name in (
+            ("lightningdit-xl-imagenet256-800ep", "lightningdit-xl-imagenet256-800ep.pt"),
+            ("vavae-imagenet256-f16d32-dinov2", "vavae-imagenet256-f16d32-dinov2.pt"),
+            ("vavae-imagenet256-f16d32-dinov2", "latents_stats.pt"),
+        )
+    ),
     ("num_attention_heads=16", "num_attention_heads=4", "of the tiny DiT"),
     ("https://huggingface.co/InfImagine/FiTv2/resolve/main/FiTv2_XL/model_ema.safetensors", "", "belongs to wget"),
     ("--config_file examples/accelerate_configs/ddp.yaml", "", "needs 8 GPUs; another test reads the file"),
@@ -77,7 +85,9 @@ CUT = [
     ("diffusers_dod cache", ["--batch_size", "4", "--dataloader_num_workers", "0"], "size"),
     ("diffusers_dod sample", ["--num_images", "12", "--num_inference_steps", "2"], "size"),
     ("diffusers_dod evaluate", ["--extractor", "facebook/dinov2-large"], "torch-fidelity's network is a download"),
-    ("diffusers_dod convert", ["--num_attention_heads", "4", "--embedder_preset", "S"], "of the tiny checkpoint"),
+    ("diffusers_dod convert", ["--embedder_preset", "S"], "size"),
+    ("diffusers_dod convert fitv2", ["--num_attention_heads", "4"], "of the tiny checkpoint"),
+    ("diffusers_dod convert dit", ["--num_attention_heads", "4"], "of the tiny checkpoint"),
 ]
 # Compiling takes a minute where nothing was compiled yet.
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -123,6 +133,10 @@ def lay_out(folder: Path, page: str) -> None:
         shutil.copy(Path(matplotlib.get_data_path(), "fonts/ttf", f"{font}.ttf"), folder / "fonts")
     save_file(load_original("fitv2").weights, folder / "tiny.safetensors")
     torch.save(load_original("dit").weights, folder / "tiny.pt")
+    lightningdit = of_channels(load_original("lightningdit").weights, 4)
+    torch.save({"ema": lightningdit}, folder / "tiny_lightningdit-xl-imagenet256-800ep.pt")
+    torch.save({"state_dict": load_autoencoder("vavae")[0]}, folder / "tiny_vavae-imagenet256-f16d32-dinov2.pt")
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, folder / "tiny_latents_stats.pt")
     if page == "README.md":
         return  # whoever starts there has nothing else
     gray = {"in_channels": 1, "num_classes": 10}

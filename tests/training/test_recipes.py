@@ -3,11 +3,15 @@
 import importlib.metadata
 import json
 import re
+import runpy
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from helpers import tiny_vae
+from original_models import load_original
+from safetensors.torch import save_file
 from training_runs import EXAMPLES, arguments, write_digits
 
 from diffusers_dod import DoDPipeline
@@ -20,12 +24,11 @@ from diffusers_dod.training.recipes import load_recipe
 from diffusers_dod.training.train_codes import parse_args as parse_code_args
 
 
-RECIPES = [
-    pytest.param(path, id=path.stem)
-    for path in sorted((EXAMPLES / "recipes").glob("*.yaml"))
-    if not path.stem.endswith("_codes")
-]
-CODE_RECIPES = sorted((EXAMPLES / "recipes").glob("*_codes.yaml"))
+PATHS = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+CODE_RECIPES = [path for path in PATHS if path.stem.endswith("_codes")]
+RECIPES = [pytest.param(path, id=path.stem) for path in PATHS if "\ntransformer_config:" in path.read_text()]
+# Those that start from the weights of a public model, by the tiny checkpoint of it
+CONVERTED = {"lightningdit": "lightningdit", "repae": "sit", "jit": "jit"}
 NARROW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "adaln_rank": 4}
 NARROW_EMBEDDER = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
@@ -107,6 +110,63 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
         and len(environment["git"]["commit"]) == 40
     )
     assert DoDPipeline.from_pretrained(tmp_path / "run").transformer.config.num_layers == 1
+
+
+def test_every_recipe_is_of_either_kind():
+    assert len(RECIPES) + len(CONVERTED) == len(PATHS)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_recipe_for_published_weights_states_sizes_and_costs(name):
+    script = runpy.run_path(EXAMPLES.parent / "benchmarks/training_cost.py")
+    text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
+    for line in script["lines"](name):
+        assert f"\n# {line}\n" in text
+    for steps in script["STEPS"].values():
+        assert f"{steps:,}" in text and f"max_train_steps{': ' if steps == 100_000 else ' '}{steps}" in text
+    args = parse_args(
+        ["--recipe", str(EXAMPLES / "recipes" / f"{name}.yaml"), "--output_dir", "x", "--train_data_dir", "x"]
+    )
+    assert args.train_batch_size * args.gradient_accumulation_steps == script["BATCH"]
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [("lightningdit", []), ("repae", ["--train", "embedder,lora", "--lora_rank", "2"]), ("jit", [])],
+    ids=CONVERTED,
+)
+def test_a_recipe_trains_a_converted_model(name, train, tmp_path):
+    from diffusers_dod.conversion.__main__ import main as convert
+    from diffusers_dod.training.__main__ import train_model
+
+    recipe = EXAMPLES / "recipes" / f"{name}.yaml"
+    save_file(load_original(name).weights, tmp_path / "model.safetensors")
+    command = [
+        CONVERTED[name],
+        str(tmp_path / "model.safetensors"),
+        str(tmp_path / "dod"),
+        "--num_attention_heads",
+        "2",
+    ]
+    if name != "jit":
+        tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
+        command += ["--vae", str(tmp_path / "vae")]
+    assert convert(command) == 0
+    digits = write_digits(tmp_path / "data")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "dod", "--train_data_dir", digits, *train]
+    flags += ["--train_batch_size", 2, "--max_train_steps", 2, "--validation_steps", 0, "--report_to", "none"]
+    flags += ["--mixed_precision", "no", "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 0]
+    assert train_model(["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), *map(str, flags)]) == 0
+    before, after = (DoDPipeline.from_pretrained(tmp_path / folder) for folder in ("dod", "run"))
+    assert before.transformer.config == after.transformer.config | {
+        "_name_or_path": before.transformer.config._name_or_path
+    }
+    changed = [
+        key
+        for key, tensor in before.transformer.state_dict().items()
+        if not torch.equal(tensor, after.transformer.state_dict()[key])
+    ]
+    assert changed and (len(changed) < len(before.transformer.state_dict())) == bool(train)
 
 
 @pytest.mark.parametrize(

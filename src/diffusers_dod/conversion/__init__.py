@@ -1,4 +1,4 @@
-"""Weights of DiT, SiT, REPA and FiTv2 as the backbone of a DoD model."""
+"""Weights of LightningDiT, REPA-E, JiT, SiT, REPA, DiT and FiTv2 as the backbone of a DoD model."""
 
 from typing import TYPE_CHECKING
 

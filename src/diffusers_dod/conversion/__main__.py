@@ -18,16 +18,23 @@ from .sources import SOURCES
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="diffusers-dod convert", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
-    add("source", choices=SOURCES, help="whose checkpoint it is; REPA's SiT is sit")
-    add("checkpoint", type=Path, help=".pt, .pth, .bin, .ckpt or .safetensors; diffusers-dit: a folder too")
+    add("source", choices=SOURCES, help="whose checkpoint it is; REPA's and REPA-E's SiT are sit")
+    add("checkpoint", type=Path, help=".pt, .pth, .bin, .ckpt or .safetensors; dit: a folder of diffusers too")
     add("output", type=Path, help="folder to write, which must not exist or be empty")
     heads = "default: those of the folder's config, or of the published models of the same width"
+    vae = "autoencoder: a folder or Hub repository of diffusers, or a file of VA-VAE or REPA-E; default: REPA-E's own, or none"
     add("--num_attention_heads", type=positive, help=heads)
     add("--sample_size", type=positive, help="height and width of the latents; default: the checkpoint's, or 32")
-    add("--in_channels", type=positive, help="channels of the latents; default: 4")
+    add("--in_channels", type=positive, help="channels of the latents; default: the checkpoint's, or 4")
+    add(
+        "--noise_scale",
+        type=number(float, 0),
+        help="jit: deviation of its noise; default: 1 up to 256 pixels, 2 at 512",
+    )
     add("--embedder_preset", choices=PRESETS, help="size of the latent embedder; default: that of the nearest width")
-    add("--vae", help="autoencoder to include, a folder or a Hub repository; default: none")
+    add("--vae", help=vae)
     add("--vae_subfolder", help="where in it")
+    add("--latents_stats", type=Path, help="file of the latents' mean and deviation, of LightningDiT or REPA-E")
     return parser.parse_args(argv)
 
 

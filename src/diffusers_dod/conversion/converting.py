@@ -1,98 +1,38 @@
 """From a public checkpoint's file to the folder of a DoD pipeline."""
 
 import argparse
-import json
 import os
-import pickle
 import shutil
 import tempfile
-import warnings
-import zipfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 
-from ..cli import BadInput, bad_input, first_line
+from ..autoencoding import vae_latent_channels
+from ..cli import BadInput, bad_input
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
 from ..transformer_dod import DoDTransformer2DModel
+from .autoencoders import check_latents_stats, convert_autoencoder, read_latents_stats
 from .backbones import convert_checkpoint
+from .loading import check_dit_config, load_folder, load_tensors
 
 
-# What no tensor of every source tells
+# What no tensor of every source tells, and a diffusers folder's config does
 SIZE_OPTIONS = ("num_attention_heads", "sample_size", "in_channels")
+# LightningDiT's commands sample at times t = 0.3 s / (1 - 0.7 s) for even steps s from noise (0) to data (1).
+LIGHTNINGDIT_SHIFT = 1 / 0.3
 
 
 def imagenet_labels() -> dict[int, str]:
     """ImageNet's class ids and names; the file names its source."""
     lines = files(__package__).joinpath("imagenet_labels.txt").read_text().splitlines()
     return dict(enumerate(line for line in lines if not line.startswith("#")))
-
-
-def load_tensors(path: Path) -> dict:
-    """Reads a checkpoint without ever running code that it holds.
-
-    Args:
-        path (`Path`): `.safetensors`, or a file of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`).
-
-    Raises:
-        BadInput: if it cannot be read, or only by running its code.
-    """
-    try:
-        # FiT's own loader says that some files called .safetensors were written by torch.save.
-        if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
-            return load_file(path)
-        # The training scripts of DiT, SiT and REPA save their command line along; a Namespace runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that torch did not write, which fails below or loads whole
-            with path.open("rb") as file:  # of a path torch would believe the suffix
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise BadInput(
-            f"{path} is broken or holds other objects than tensors, which are not loaded because that can run code: "
-            "save its state dict alone, best as .safetensors."
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is missing or no JSON, so this is no model that diffusers saved.") from error
-
-
-def load_folder(folder: Path) -> tuple[dict, dict]:
-    """Weights and config of a `DiTTransformer2DModel` that diffusers saved, alone or in a pipeline's folder."""
-    if (folder / "model_index.json").is_file():
-        folder = folder / "transformer"
-    config = read_json(folder / "config.json")
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            tensors: dict[str, torch.Tensor] = {}
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
-                tensors |= load_tensors(folder / shard)
-            return tensors, config
-        if (folder / name).is_file():
-            return load_tensors(folder / name), config
-    raise BadInput(f"{folder} has no diffusion_pytorch_model.safetensors or .bin.")
-
-
-def check_dit_config(config: dict) -> None:
-    """Refuses a `DiTTransformer2DModel` that differs from the published ones in what no tensor tells."""
-    published = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_eps": 1e-5}
-    differing = [
-        f"{key} is {config[key]}, not {value}" for key, value in published.items() if config.get(key, value) != value
-    ]
-    if differing:
-        raise BadInput(f"the model's config.json differs from DiT's: {', '.join(differing)}.")
 
 
 def make_embedder(transformer: DoDTransformer2DModel, preset: str) -> DoDLatentEmbedder:
@@ -109,11 +49,40 @@ def make_embedder(transformer: DoDTransformer2DModel, preset: str) -> DoDLatentE
     )
 
 
-def make_scheduler(transformer: DoDTransformer2DModel) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
-    """The scheduler that reads the transformer's prediction; DDIM with the noise that DiT was trained with."""
-    if transformer.config.prediction_type == "flow":
-        return FlowMatchEulerDiscreteScheduler()
-    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+def make_scheduler(transformer: DoDTransformer2DModel, source: str) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+    """The scheduler that reads the transformer's prediction, with even steps in the source's own time where it has one;
+    DDIM with the noise that DiT was trained with."""
+    if transformer.config.prediction_type != "flow":
+        return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    shift = LIGHTNINGDIT_SHIFT if source == "lightningdit" else transformer.config.noise_scale
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def make_vae(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], latents_stats: dict[str, list[float]], latent_size: int
+) -> ModelMixin | None:
+    """The autoencoder of `--vae`, else that within REPA-E's checkpoint, with the statistics that the model takes."""
+    if args.latents_stats is not None:
+        with bad_input(ValueError, what=str(args.latents_stats)):
+            latents_stats = read_latents_stats(load_tensors(args.latents_stats))
+    if args.vae is None and "vae" not in checkpoint:
+        if args.latents_stats is not None:
+            raise BadInput("--latents_stats are an autoencoder's: give --vae.")
+        return None
+    if args.vae is not None and not Path(args.vae).is_file():
+        # Missing, private, offline, another class: the libraries raise many kinds.
+        with bad_input(Exception, what=f"{args.vae} cannot be loaded as an autoencoder"):
+            vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder)
+        if args.latents_stats is not None or (latents_stats and vae.config.get("latents_mean") is None):
+            with bad_input(ValueError, what=args.vae):
+                check_latents_stats(latents_stats, vae_latent_channels(vae))
+            vae.register_to_config(**latents_stats, scaling_factor=1.0)
+        return vae
+    if not latents_stats:
+        raise BadInput(f"{args.vae} has no statistics of its latents: give the file of them as --latents_stats.")
+    tensors = checkpoint["vae"] if args.vae is None else load_tensors(Path(args.vae))
+    with bad_input(ValueError, what=str(args.checkpoint if args.vae is None else args.vae)):
+        return convert_autoencoder(tensors, latents_stats, latent_size)
 
 
 def nearest_preset(width: int) -> str:
@@ -140,15 +109,14 @@ def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
 def describe(transformer: DoDTransformer2DModel, source: str, notes: list[str]) -> list[str]:
     """What was recognised, as lines to print."""
     config = transformer.config
-    positions = "2D rotary positions"
-    if config.pos_embed_type == "sincos":
-        positions = f"sine-cosine positions of a {config.base_size}x{config.base_size} grid"
+    sincos = f"sine-cosine positions of a {config.base_size}x{config.base_size} grid"
+    positions = {"rope": "2D rotary positions", "sincos": sincos, "rope_sincos": f"2D rotary and {sincos}"}
     modulation = "full modulation" if config.adaln_type == "full" else f"modulation of rank {config.adaln_rank}"
     millions = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
     return [
         f"{source}: {millions:.1f} M parameters, patch {config.patch_size}, width {transformer.inner_dim}, "
         f"{config.num_layers} blocks, {config.num_attention_heads} heads, {config.num_classes} classes",
-        f"{config.activation_fn} feed-forward, {positions}, {modulation}, predicts {config.prediction_type}",
+        f"{config.activation_fn} feed-forward, {positions[config.pos_embed_type]}, {modulation}, predicts {config.prediction_type}",
         *notes,
     ]
 
@@ -162,11 +130,13 @@ def convert(args: argparse.Namespace) -> None:
 
     # 1. The checkpoint
     if not args.checkpoint.is_dir():
-        tensors = load_tensors(args.checkpoint)
-    elif args.source != "diffusers-dit":
-        raise BadInput(f"{args.checkpoint} is a folder: only diffusers-dit reads folders, give the checkpoint's file.")
+        checkpoint = load_tensors(args.checkpoint)
+    elif args.source != "dit":
+        raise BadInput(
+            f"{args.checkpoint} is a folder: only dit reads folders of diffusers, give the checkpoint's file."
+        )
     else:
-        tensors, config = load_folder(args.checkpoint)
+        checkpoint, config = load_folder(args.checkpoint)
         check_dit_config(config)
         if options:
             raise BadInput(f"--{' and --'.join(options)} cannot be given: a diffusers folder's config.json says it.")
@@ -174,18 +144,17 @@ def convert(args: argparse.Namespace) -> None:
 
     # 2. The transformer
     with bad_input(ValueError, what=str(args.checkpoint)):
-        transformer, notes = convert_checkpoint(tensors, args.source, **options)
+        transformer, notes, latents_stats = convert_checkpoint(
+            checkpoint, args.source, noise_scale=args.noise_scale, **options
+        )
     for line in describe(transformer, args.source, notes):
         print(line)
 
     # 3. What a pipeline has besides
     preset = args.embedder_preset or nearest_preset(transformer.inner_dim)
     torch.manual_seed(0)  # the same folder every time
-    embedder, scheduler, vae = make_embedder(transformer, preset), make_scheduler(transformer), None
-    if args.vae is not None:
-        # Missing, private, offline, another class: the libraries raise many kinds.
-        with bad_input(Exception, what=f"{args.vae} cannot be loaded as an autoencoder"):
-            vae = AutoModel.from_pretrained(args.vae, subfolder=args.vae_subfolder)
+    embedder, scheduler = make_embedder(transformer, preset), make_scheduler(transformer, args.source)
+    vae = make_vae(args, checkpoint, latents_stats, transformer.config.sample_size)
     labels = imagenet_labels()
     id2label = labels if transformer.config.num_classes == len(labels) else None
     with bad_input(ValueError):

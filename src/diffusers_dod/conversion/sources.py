@@ -1,3 +1,3 @@
 """Whose checkpoints can be converted."""
 
-SOURCES = ("sit", "dit", "diffusers-dit", "fitv2")
+SOURCES = ("sit", "dit", "fitv2", "lightningdit", "jit")
