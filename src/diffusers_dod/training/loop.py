@@ -32,7 +32,6 @@ from .build import (
     build_repa,
     build_subject,
     freeze,
-    peak_flops,
 )
 from .checkpoints import (
     CheckpointNotWritten,
@@ -43,10 +42,10 @@ from .checkpoints import (
     save_checkpoint,
     trained_parameters,
 )
-from .flops import training_flops
+from .estimate import announce, make_plan
 from .guard import StepGuard, TooManyBadSteps
 from .options import FREE_KEYS
-from .results import begin_run, finished_steps, lock_folder, run_config, save_for_push, save_result
+from .results import begin_run, describe_result, finished_steps, lock_folder, run_config, save_for_push, save_result
 from .step import GradientStep, StepSums, TrainingModule, draw_step, losses
 from .stopping import StopRequest
 from .tracking import log_values
@@ -73,6 +72,8 @@ def train(
     # The global batch is dealt like cards: see `BatchSampler`.
     images_per_step = config["images_per_step"]
     shares = accelerator.num_processes * args.gradient_accumulation_steps
+    freeze(args, subject)
+    plan = make_plan(args, accelerator, subject, images_per_step)
 
     # 2. The run's folder, for this run alone, and the checkpoint to resume from; nothing was written until here
     lock = None
@@ -84,6 +85,7 @@ def train(
     if finished_steps(args.output_dir) == args.max_train_steps and is_last:
         accelerator.print(f"{args.output_dir} is finished: it holds the pipeline of step {args.max_train_steps}.")
         return 0
+    announce(accelerator, plan, args.max_train_steps - step)
     accelerator.wait_for_everyone()  # before the main process changes what the others read above
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -91,7 +93,6 @@ def train(
         begin_run(args.output_dir, config)
 
     # 3. What is trained, and how
-    freeze(args, subject)
     for model in models.values():
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -131,15 +132,15 @@ def train(
     if args.push_to_hub and accelerator.is_main_process:
         repository = args.hub_model_id or Path(args.output_dir).resolve().name
         push = BackgroundPush(repository, license=args.hub_license, private=args.hub_private_repo)
-    peak = peak_flops(args, accelerator)
-    flops_per_step = images_per_step * training_flops(transformer, embedder, prior_share=1 - args.prior_drop)
     channels = transformer.config.in_channels if vae is None else 3
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
     sums, saved, stopped = StepSums(device), step, None
     add_gradients = GradientStep(
         *(args, accelerator, module, transformer, embedder, vae, repa, noise_scheduler, sums, shares)
     )
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
+    # With one number beside it, the bar fits 80 columns.
+    options = {"desc": "Training", "dynamic_ncols": True, "disable": not accelerator.is_local_main_process}
+    progress = tqdm(total=args.max_train_steps, initial=step, **options)
 
     def save() -> None:
         nonlocal saved
@@ -187,10 +188,10 @@ def train(
                 logs["loss_repa"] = read["loss_repa"]
             logs.update(lr=lr_scheduler.get_last_lr()[0], grad_norm=read["grad_norm"], skipped=guard.skipped)
             logs.update(images_per_second=images_per_step / seconds, loading_share=loading / seconds)
-            if peak is not None:
-                logs["mfu"] = flops_per_step / seconds / (peak * accelerator.num_processes)
+            if plan.peak is not None:
+                logs["mfu"] = plan.flops_per_step / seconds / (plan.peak * accelerator.num_processes)
             progress.update()
-            progress.set_postfix(logs, refresh=False)
+            progress.set_postfix({"loss": f"{logs['loss']:.3g}"}, refresh=False)
             log_values(accelerator, logs, step)
 
             # 8. Checkpoint, samples and metrics
@@ -229,6 +230,7 @@ def train(
     result = averaged_pipeline(accelerator, subject, averages, Path(args.output_dir, "lora"))
     if result is not None:
         save_result(result, args.output_dir, config)
+        accelerator.print(describe_result(args.output_dir))
     end_together(accelerator)
     if push is not None:  # the other processes need not wait for it
         push.finish(args.output_dir)
