@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psutil
 import torch
 from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..cli import BadInput
 from .build import Subject, peak_flops
@@ -71,7 +72,7 @@ def kept_numbers(config: dict, is_transformer: bool, tokens: int, checkpointing:
 
 
 def step_memory(
-    models: dict[str, torch.nn.Module],
+    models: dict[str, ModelMixin],
     batch_size: int,
     prior_share: float = 0.5,
     mixed_precision: str | None = None,

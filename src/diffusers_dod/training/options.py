@@ -83,19 +83,22 @@ def add_time_options(add: Callable[..., Any]) -> None:
 
 def add_optimisation_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    steps = f"optimisation steps of the whole run; default: {STEPS}, where no size of the models is given either"
-    if images:
-        add("--max_train_steps", type=POSITIVE, help=steps)
-    else:
-        add("--max_train_steps", type=POSITIVE, required=True, help="optimisation steps of the whole run")
-    batch = (
-        f"images per process and accumulation step; default: 16, or {BATCH_SIZE} where no size of the models is given"
-    )
+    unnamed = "where no size of the models is given"
+    help_of = dict.fromkeys(("steps", "batch", "rate"), "")
+    if images:  # settled by `settle_pace`
+        help_of = {
+            "steps": f"; default: {STEPS} {unnamed}",
+            "batch": f"; default: 16, or {BATCH_SIZE} {unnamed}",
+            "rate": f"; default: 1e-4, or by the size {unnamed}",
+        }
+    steps = "optimisation steps of the whole run" + help_of["steps"]
+    add("--max_train_steps", type=POSITIVE, required=not images, help=steps)
+    batch = "images per process and accumulation step" + help_of["batch"]
     add("--train_batch_size", type=POSITIVE, help=batch)
     add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="parts that a process's batch is made of")
     optimizers = "adamw_8bit needs bitsandbytes"
     add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
-    add("--learning_rate", type=REAL, help="at its highest; default: 1e-4, or chosen with the size of the models")
+    add("--learning_rate", type=REAL, help="at its highest" + help_of["rate"])
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes")
     add("--lr_warmup_steps", type=INTEGER, default=0, help="steps in which it rises from 0")
     add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the gradients' mean")
