@@ -5,6 +5,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from helpers import tiny_embedder, tiny_transformer
 
+from diffusers_dod.training import dod_loss, flow_example
+
 
 def _attention_can_be_traced() -> bool:
     """Whether Dynamo can trace diffusers' own attention dispatcher, which every model with it needs."""
@@ -126,3 +128,21 @@ def test_compiled_gradients():
         gradients.append([prior_tokens.grad, *(parameter.grad for parameter in transformer.parameters())])
     for eager, compiled in zip(*gradients):
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_other_counts_of_rows_with_a_prior_do_not_recompile_a_training_step():
+    """`count_prior_rows` rounds at random, so a step's embedder may see a row more or less. Dynamo alone decides."""
+    transformer, embedder = tiny_transformer(num_layers=1), tiny_embedder()
+    for model in (transformer, embedder):
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    latents = torch.randn(8, 4, 8, 8)
+    example = flow_example(latents, torch.randn_like(latents), torch.rand(8))
+
+    def step(prior_rows):
+        dod_loss(transformer, embedder, latents, torch.arange(8), example, prior_rows).total.backward()
+
+    for prior_rows in (4, 3):  # sizes are dynamic from the second on
+        step(prior_rows)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prior_rows in (5, 2, 0, 8):
+            step(prior_rows)

@@ -52,6 +52,18 @@ def test_titles_stand_above_and_beside_the_pictures():
     assert not ink[:top, right - 2 : right].any() and not ink[:top, right + 90 :].any() and not ink[:top, :left].any()
 
 
+def test_several_samples_per_label_are_rows_of_their_stage():
+    stages = [
+        [Image.new("RGB", (84, 84), colour) for colour in row] for row in (["red", "lime"] * 2, ["blue", "cyan"] * 2)
+    ]
+    grid = np.asarray(stage_grid(stages, ["one", "two"]))
+    tile = 84 + 4
+    for row, colours in enumerate((["red", "lime"], ["red", "lime"], ["blue", "cyan"], ["blue", "cyan"])):
+        for column, colour in enumerate(colours):
+            centre = grid[-(4 - row) * tile + tile // 2, -(2 - column) * tile + tile // 2]
+            assert tuple(centre) == ImageColor.getrgb(colour)
+
+
 def test_rows_of_other_lengths_are_refused():
     with pytest.raises(ValueError, match="equally many"):
         stage_grid([pictures(2), pictures(1)])

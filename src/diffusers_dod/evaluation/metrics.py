@@ -149,9 +149,10 @@ def density_coverage(
     check_features(samples, reference)
     samples, reference = samples.float(), reference.float()
     radii = _radii(reference, k, chunk)
-    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    inside = torch.zeros((), dtype=torch.long, device=reference.device)
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for part in samples.split(chunk):
         hits = torch.cdist(part, reference) <= radii
-        inside += int(hits.sum())
+        inside += hits.sum()
         covered |= hits.any(dim=0)
-    return inside / (k * len(samples)), float(covered.float().mean())
+    return int(inside) / (k * len(samples)), float(covered.float().mean())

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
 from ..transformer_dod import DoDTransformer2DModel
 from .averaging import WeightAverages, full_tensors
+from .choosing import choose_models, choose_resolution
 from .flops import PEAK_TFLOPS
-from .options import resolve_objective
+from .options import names_no_size, resolve_objective
 from .repa import REPAProjector
 
 
@@ -56,7 +58,7 @@ class Subject(NamedTuple):
 def build_subject(args: argparse.Namespace, accelerator: Accelerator) -> Subject:
     """What `diffusers-dod train` trains."""
     data = load_data(args, accelerator)
-    return Subject(build_pipeline(args, data), "transformer", data)
+    return Subject(build_pipeline(args, data, accelerator.device, accelerator.print), "transformer", data)
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -172,8 +174,16 @@ def build_model(model_class: Any, given: dict, derived: dict, option: str) -> An
         return model_class(**{**given, **derived})
 
 
-def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
-    """The pipeline to train, new or loaded, in float32; settles `args.resolution` and the objective."""
+def build_pipeline(
+    args: argparse.Namespace,
+    data: TrainingData,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    say: Callable[[str], None] = print,
+) -> DoDPipeline:
+    """The pipeline to train, new or loaded, in float32; settles `args.resolution` and the objective.
+
+    What is chosen for the user, for data of that size and the `device`, is passed to `say`.
+    """
     saved, vae, num_classes, id2label = None, None, data.num_classes, data.id2label
     config, embedder_config = dict(args.transformer_config or {}), dict(args.embedder_config or {})
     if args.preset is not None:
@@ -200,11 +210,17 @@ def build_pipeline(args: argparse.Namespace, data: TrainingData) -> DoDPipeline:
             f"{args.latents_dir} was made with another VAE than "
             f"{args.pretrained_model_name_or_path or args.vae_name_or_path or origin['path']} is"
         )
+    factor = vae_spatial_factor(vae)
+    if names_no_size(args):
+        args.resolution = args.resolution or choose_resolution(data, factor)
+        size = args.resolution // factor
+        config, embedder_config, choices = choose_models(args, size, vae is None, data.size, device.type)
+        say("\n".join(choices))
     args.prediction_type = args.prediction_type or "flow"
     resolve_objective(args)
 
     # What follows from data, VAE and transformer
-    factor, patch_size = vae_spatial_factor(vae), config.get("patch_size", 2)
+    patch_size = config.get("patch_size", 2)
     if args.resolution is None:
         sample_size = config.get("sample_size", 256 // factor)
         if not isinstance(sample_size, int):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..cli import bad_input
-from ..data.batches import make_batches, to_features, to_latents
+from ..data.batches import make_batches
 from ..hub.background import BackgroundPush
 from ..processes import end_together
 from ..randomness import row_generators
@@ -32,7 +32,6 @@ from .build import (
     build_repa,
     build_subject,
     freeze,
-    peak_flops,
 )
 from .checkpoints import (
     CheckpointNotWritten,
@@ -43,12 +42,11 @@ from .checkpoints import (
     save_checkpoint,
     trained_parameters,
 )
-from .flops import training_flops
+from .estimate import announce, make_plan
 from .guard import StepGuard, TooManyBadSteps
-from .objective import drop_labels
 from .options import FREE_KEYS
-from .results import begin_run, finished_steps, lock_folder, run_config, save_for_push, save_result
-from .step import StepSums, TrainingModule, draw_step, losses, make_inputs
+from .results import begin_run, describe_result, finished_steps, lock_folder, run_config, save_for_push, save_result
+from .step import GradientStep, StepSums, TrainingModule, draw_step, losses
 from .stopping import StopRequest
 from .tracking import log_values
 from .validation import build_evaluation, draw_grid
@@ -73,6 +71,8 @@ def train(
     config = run_config(args, subject, accelerator)
     images_per_step = config["images_per_step"]
     shares = accelerator.num_processes * args.gradient_accumulation_steps  # dealt like cards: see `BatchSampler`
+    freeze(args, subject)
+    plan = make_plan(args, accelerator, subject, images_per_step)
 
     # 2. The run's folder, for this run alone, and the checkpoint to resume from; nothing was written until here
     lock = None
@@ -84,6 +84,7 @@ def train(
     if finished_steps(args.output_dir) == args.max_train_steps and is_last:
         accelerator.print(f"{args.output_dir} is finished: it holds the pipeline of step {args.max_train_steps}.")
         return 0
+    announce(accelerator, plan, args.max_train_steps - step)
     accelerator.wait_for_everyone()  # before the main process changes what the others read above
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -91,7 +92,6 @@ def train(
         begin_run(args.output_dir, config)
 
     # 3. What is trained, and how
-    freeze(args, subject)
     for model in models.values():
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -131,12 +131,15 @@ def train(
     if args.push_to_hub and accelerator.is_main_process:
         repository = args.hub_model_id or Path(args.output_dir).resolve().name
         push = BackgroundPush(repository, license=args.hub_license, private=args.hub_private_repo)
-    peak = peak_flops(args, accelerator)
-    flops_per_step = images_per_step * training_flops(transformer, embedder, prior_share=1 - args.prior_drop)
     channels = transformer.config.in_channels if vae is None else 3
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
     sums, saved, stopped = StepSums(device), step, None
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
+    add_gradients = GradientStep(
+        *(args, accelerator, module, transformer, embedder, vae, repa, noise_scheduler, sums, shares)
+    )
+    # With one number beside it, the bar fits 80 columns.
+    options = {"desc": "Training", "dynamic_ncols": True, "disable": not accelerator.is_local_main_process}
+    progress = tqdm(total=args.max_train_steps, initial=step, **options)
 
     def save() -> None:
         nonlocal saved
@@ -150,7 +153,7 @@ def train(
             started, loading, names = time.perf_counter(), 0.0, []
             draws = draw_step(args, step, images_per_step, noise_scheduler)
             for micro_step in range(args.gradient_accumulation_steps):
-                # 5. This process's rows: images, noise, times, class and prior drops
+                # 5. This process's rows, and their gradients
                 waiting = time.perf_counter()
                 batch = next(batches)
                 loading += time.perf_counter() - waiting
@@ -159,25 +162,9 @@ def train(
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
                 share = micro_step * accelerator.num_processes + accelerator.process_index
                 rows = torch.arange(share, images_per_step, shares)
-                generators = row_generators(args.seed, step, rows, device)
-                own = draws.of_rows(rows, device)
-                latents = to_latents(batch, vae, own.mirrored, generators)
-                features = None if repa is None else to_features(batch, repa.encoder, repa.grid, own.mirrored)
-                inputs = make_inputs(args, latents, own.times, generators, noise_scheduler, embedder)
-                labels = drop_labels(batch["label"], transformer.config.num_classes, args.class_drop, own.class_draws)
+                add_gradients(batch, draws.of_rows(rows, device), row_generators(args.seed, step, rows, device))
 
-                # 6. Loss and gradients
-                with accelerator.accumulate(module):
-                    with accelerator.autocast():  # accelerate's own is not around modules of FSDP2
-                        loss, per_sample, alignment = module(inputs, labels, own.num_prior_rows, features)
-                    accelerator.backward(loss)
-                with_prior, without = per_sample.split([own.num_prior_rows, len(rows) - own.num_prior_rows])
-                sums.add(loss_with_prior=with_prior.sum(), rows_with_prior=len(with_prior))
-                sums.add(loss_without_prior=without.sum(), rows_without_prior=len(without))
-                if alignment is not None:
-                    sums.add(loss_repa=alignment / shares)
-
-            # 7. The update, unless it would do harm
+            # 6. The update, unless it would do harm
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm or float("inf"))
             grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
             sums.add(stops=float(stop.signal is not None))
@@ -195,19 +182,19 @@ def train(
                 skipped = f"Step {step} is skipped: {problem}. Its images: {', '.join(names)}"
                 logger.warning(skipped, main_process_only=False)
 
-            # 8. Logs
+            # 7. Logs
             seconds = time.perf_counter() - started
             if repa is not None:
                 logs["loss_repa"] = read["loss_repa"]
             logs.update(lr=lr_scheduler.get_last_lr()[0], grad_norm=read["grad_norm"], skipped=guard.skipped)
             logs.update(images_per_second=images_per_step / seconds, loading_share=loading / seconds)
-            if peak is not None:
-                logs["mfu"] = flops_per_step / seconds / (peak * accelerator.num_processes)
+            if plan.peak is not None:
+                logs["mfu"] = plan.flops_per_step / seconds / (plan.peak * accelerator.num_processes)
             progress.update()
-            progress.set_postfix(logs, refresh=False)
+            progress.set_postfix({"loss": f"{logs['loss']:.3g}"}, refresh=False)
             log_values(accelerator, logs, step)
 
-            # 9. Checkpoint, samples and metrics
+            # 8. Checkpoint, samples and metrics
             if guard.exhausted:
                 raise TooManyBadSteps(f"{guard.in_a_row} steps in a row were skipped, the last one for {problem}")
             checkpoints = step % args.checkpointing_steps == 0 or step in args.keep_checkpoint_at
@@ -229,7 +216,7 @@ def train(
             if sampler is not None and push is not None and pushes:
                 push.submit(partial(save_for_push, sampler, {**config, "step": step}, args.output_dir))
 
-        # 10. The last checkpoint
+        # 9. The last checkpoint
         progress.close()
         batches.close()
         if saved != step:
@@ -239,10 +226,11 @@ def train(
             end_together(accelerator)
             return 128 + stopped
 
-    # 11. The pipeline in the folder itself, and on the Hub
+    # 10. The pipeline in the folder itself, and on the Hub
     result = averaged_pipeline(accelerator, subject, averages, Path(args.output_dir, "lora"))
     if result is not None:
         save_result(result, args.output_dir, config)
+        accelerator.print(describe_result(args.output_dir))
     end_together(accelerator)
     if push is not None:  # the other processes need not wait for it
         push.finish(args.output_dir)

@@ -39,6 +39,9 @@ def trained_parts(text: str) -> list[str]:
     return sorted(set(parts))
 
 
+# Steps and images per step of a run that names neither these nor the size of its models, which `choosing.py` then chooses
+STEPS, BATCH_SIZE = 4000, 64
+
 SWITCH = argparse.BooleanOptionalAction
 FRACTION, POSITIVE, INTEGER = number(float, 0, 1), number(int, 1), number(int, 0)
 REAL, SIGNED = number(float, 0), number(float, float("-inf"))
@@ -55,7 +58,7 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
     add("--num_classes", type=INTEGER, help="classes of the model; default: the data's. 0 is unconditional")
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
     add("--cache_dir", help="where downloads and prepared data are kept; default: that of `datasets`")
-    resolution = "side of the square images, by ADM's centre crop; default: the model's, or 256"
+    resolution = "side of the square images, by ADM's centre crop; default: the model's, or near that of the images, 256 at most"
     add("--resolution", type=POSITIVE, help=resolution)
     add("--random_flip", action=SWITCH, default=False, help="mirror images at random")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
@@ -78,14 +81,24 @@ def add_time_options(add: Callable[..., Any]) -> None:
     add("--weighting", choices=("none", "cosmap", "sigma_sqrt"), help="of the loss by sigma, flow only: none")
 
 
-def add_optimisation_options(parser: Parser) -> None:
+def add_optimisation_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    add("--max_train_steps", type=POSITIVE, required=True, help="optimisation steps of the whole run")
-    add("--train_batch_size", type=POSITIVE, default=16, help="images per process and accumulation step")
+    unnamed = "where no size of the models is given"
+    help_of = dict.fromkeys(("steps", "batch", "rate"), "")
+    if images:  # settled by `settle_pace`
+        help_of = {
+            "steps": f"; default: {STEPS} {unnamed}",
+            "batch": f"; default: 16, or {BATCH_SIZE} {unnamed}",
+            "rate": f"; default: 1e-4, or by the size {unnamed}",
+        }
+    steps = "optimisation steps of the whole run" + help_of["steps"]
+    add("--max_train_steps", type=POSITIVE, required=not images, help=steps)
+    batch = "images per process and accumulation step" + help_of["batch"]
+    add("--train_batch_size", type=POSITIVE, help=batch)
     add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="parts that a process's batch is made of")
     optimizers = "adamw_8bit needs bitsandbytes"
     add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
-    add("--learning_rate", type=REAL, default=1e-4, help="at its highest")
+    add("--learning_rate", type=REAL, help="at its highest" + help_of["rate"])
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes")
     add("--lr_warmup_steps", type=INTEGER, default=0, help="steps in which it rises from 0")
     add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the gradients' mean")
@@ -158,8 +171,10 @@ def build_parser(description: str) -> Parser:
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=list(PRESETS), help="size of both models; default: XL's. See diffusers_dod.presets")
-    add("--transformer_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
+    preset = "size of both models, see diffusers_dod.presets; default: chosen from images and device"
+    add("--preset", choices=list(PRESETS), help=preset)
+    transformer = "constructor arguments, JSON or a JSON file; what it leaves out is as in XL"
+    add("--transformer_config", type=json_object, action=Merge, help=transformer)
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
     add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
     add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
@@ -215,7 +230,25 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
 def parse_args(argv: list[str], description: str | None = None) -> argparse.Namespace:
     args = parse_with_recipe(build_parser(description or ""), argv)
     check_options(args)
+    settle_pace(args)
     return args
+
+
+def names_no_size(args: argparse.Namespace) -> bool:
+    """Whether the size of the models is left to `choosing.py`."""
+    names = ("preset", "transformer_config", "embedder_config", "pretrained_model_name_or_path")
+    return all(getattr(args, name) is None for name in names)
+
+
+def settle_pace(args: argparse.Namespace) -> None:
+    """Fills in steps, batch and learning rate; the last is left to `choosing.py` where the size is."""
+    if not names_no_size(args):
+        if args.max_train_steps is None:
+            raise BadInput("give --max_train_steps, since the size of the models is given")
+        args.train_batch_size = args.train_batch_size or 16
+        args.learning_rate = 1e-4 if args.learning_rate is None else args.learning_rate
+    args.max_train_steps = args.max_train_steps or STEPS
+    args.train_batch_size = args.train_batch_size or BATCH_SIZE
 
 
 def parse_with_recipe(parser: Parser, argv: list[str]) -> argparse.Namespace:

@@ -105,6 +105,15 @@ def save_result(pipeline: DoDPipeline, output_dir: str, config: dict[str, Any]) 
     write_json(Path(output_dir, CONFIG_NAME), {**config, "step": config["max_train_steps"]})
 
 
+def describe_result(output_dir: str) -> str:
+    """What the user can do with a finished run, in three lines."""
+    return (
+        f"Saved to {output_dir}.\n"
+        f'Load it with DoDPipeline.from_pretrained("{output_dir}").\n'
+        f"See it with `diffusers-dod viz --model {output_dir} --output_dir pictures`."
+    )
+
+
 def save_for_push(pipeline: DoDPipeline, config: dict[str, Any], output_dir: str, folder: str) -> None:
     """A pipeline of an unfinished run in a folder of its own, with what its card reports."""
     for name in (

@@ -6,13 +6,16 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.batches import to_features, to_latents
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..randomness import step_generator
 from ..transformer_dod import DoDTransformer2DModel
-from .objective import DiffusionExample, count_prior_rows, ddpm_example, dod_loss, flow_example
+from .build import REPAParts
+from .objective import DiffusionExample, count_prior_rows, ddpm_example, dod_loss, drop_labels, flow_example
 from .repa import REPAProjector, repa_loss
 
 
@@ -150,3 +153,57 @@ def losses(sums: dict[str, float]) -> dict[str, float]:
     logs = {"loss": sum(sums[f"loss_{kind}"] for kind in both) / rows}
     logs |= {f"loss_{kind}": sums[f"loss_{kind}"] / sums[f"rows_{kind}"] for kind in both if sums[f"rows_{kind}"]}
     return logs
+
+
+class GradientStep(NamedTuple):
+    """Adds the gradients of some rows to those of a step, and their losses to its sums. Nothing in it waits for the device.
+
+    Args:
+        args: the options of the run.
+        accelerator (`Accelerator`): which synchronises the processes with the last rows of a step.
+        module ([`TrainingModule`]): as accelerate prepared it.
+        denoiser ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`], *optional*): the models in it.
+        vae (`ModelMixin`, *optional*), repa ([`REPAParts`], *optional*): what else a run may have.
+        noise_scheduler (`DDPMScheduler`, *optional*): `None` for flow matching.
+        sums ([`StepSums`]): of the step.
+        shares (`int`): into how many parts, of processes and accumulation, the rows of a step are dealt.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    module: torch.nn.Module
+    denoiser: DoDTransformer2DModel
+    embedder: DoDLatentEmbedder | None
+    vae: ModelMixin | None
+    repa: REPAParts | None
+    noise_scheduler: DDPMScheduler | None
+    sums: StepSums
+    shares: int
+
+    def __call__(self, batch: dict[str, torch.Tensor], draws: StepDraws, generators: list[torch.Generator]) -> None:
+        """
+        Args:
+            batch (`dict` of `torch.Tensor`): images or latents with labels, on the device.
+            draws ([`StepDraws`]): of these rows, on the device.
+            generators (`list` of `torch.Generator`): one per row.
+        """
+        # 1. Images, noise, times, class and prior drops
+        args, repa, mirrored = self.args, self.repa, draws.mirrored
+        latents = to_latents(batch, self.vae, mirrored, generators)
+        features = None if repa is None else to_features(batch, repa.encoder, repa.grid, mirrored)
+        inputs = make_inputs(args, latents, draws.times, generators, self.noise_scheduler, self.embedder)
+        num_classes = self.denoiser.config.num_classes
+        labels = drop_labels(batch["label"], num_classes, args.class_drop, draws.class_draws)
+
+        # 2. Loss and gradients
+        with self.accelerator.accumulate(self.module):
+            with self.accelerator.autocast():  # accelerate's own is not around modules of FSDP2
+                loss, per_sample, alignment = self.module(inputs, labels, draws.num_prior_rows, features)
+            self.accelerator.backward(loss)
+
+        # 3. Sums
+        with_prior, without = per_sample.split([draws.num_prior_rows, len(labels) - draws.num_prior_rows])
+        self.sums.add(loss_with_prior=with_prior.sum(), rows_with_prior=len(with_prior))
+        self.sums.add(loss_without_prior=without.sum(), rows_without_prior=len(without))
+        if alignment is not None:
+            self.sums.add(loss_repa=alignment / self.shares)

@@ -67,7 +67,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     held_out = "share of the images that are held out to tell whether the model copies"
     add("--held_out", type=FRACTION, default=0.05, help=held_out)
     add("--encoding_batch_size", type=INTEGER, default=256, help="images per forward of the embedder")
-    add_optimisation_options(parser)
+    add_optimisation_options(parser, images=False)
     add_output_options(parser)
     parser.set_defaults(
         **UNUSED,

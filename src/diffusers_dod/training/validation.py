@@ -8,25 +8,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.utils import make_image_grid
 
 from ..cli import BadData, first_line
 from ..evaluation import ImageSet, InceptionExtractor, TransformersExtractor, evaluate, extract_features
 from ..pipeline_dod import DoDPipeline
 from ..randomness import row_generators
+from ..viz import stage_grid
 
 
 logger = get_logger(__name__)
+MAX_CLASSES, SAMPLES_PER_CLASS = 8, 3
 
 
 def draw_grid(pipeline: DoDPipeline, accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
-    """Writes a grid of samples of the first classes, stage by stage, always from the same noise."""
-    known: list[int | None] = [*range(min(pipeline.transformer.config.num_classes, 8))]
-    class_ids = known or [None] * 8
+    """Writes a titled grid of some samples of the first classes, stage by stage, always from the same noise."""
+    known: list[int | None] = [*range(min(pipeline.transformer.config.num_classes, MAX_CLASSES))]
+    columns = known or [None] * MAX_CLASSES
+    names = pipeline.config.id2label or {}
+    titles = ["" if i is None else names.get(str(i), f"class {i}") for i in columns]
+    class_ids = columns * (SAMPLES_PER_CLASS if known else 1)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(class_ids))]
     with accelerator.autocast():
         stages = pipeline.to(accelerator.device)(class_ids, generator=generators, return_stages=True).stages
-    grid = make_image_grid([image for stage in stages for image in stage], rows=len(stages), cols=len(class_ids))
+    grid = stage_grid(stages, titles)
     path = Path(args.output_dir, "samples", f"step_{step}.png")
     try:
         path.parent.mkdir(exist_ok=True)

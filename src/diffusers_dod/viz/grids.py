@@ -24,7 +24,8 @@ def stage_grid(
         stages (`list` of `list` of `PIL.Image.Image`):
             Pictures of one size and mode by stage, as `DoDPipelineOutput.stages` has them.
         labels (`list` of `str`, *optional*):
-            Titles of the columns, cut to their width; the rows are then titled too. By default there is no text.
+            Titles of the columns, cut to their width; the stages are then titled too. By default there is no text. Several
+            times as many pictures as labels are as many rows per stage, the first of each column in the first row.
         first_stage (`int`, defaults to 1): The first row's number, 2 for samples of a picture as the prior.
         scale (`int`, *optional*): Whole factor that enlarges a picture; by default the least that makes it 84 pixels.
         row_names (`list` of `str`, *optional*): Titles of the rows, in the place of the stages' numbers.
@@ -34,8 +35,10 @@ def stage_grid(
     """
     if not stages or not stages[0] or any(len(row) != len(stages[0]) for row in stages):
         raise ValueError("`stages` must be rows of equally many pictures, at least one.")
-    if labels is not None and len(labels) != len(stages[0]):
-        raise ValueError(f"{len(labels)} labels for {len(stages[0])} columns: pass one a column.")
+    columns = len(stages[0]) if labels is None else len(labels)
+    if not columns or len(stages[0]) % columns:
+        raise ValueError(f"{columns} labels for {len(stages[0])} columns: pass one per column.")
+    rows = len(stages[0]) // columns
 
     width, height = stages[0][0].size
     scale = scale or max(1, math.ceil(MIN_TILE / min(width, height)))
@@ -43,7 +46,7 @@ def stage_grid(
     tiles = [tile.resize(size, Image.Resampling.NEAREST) for row in stages for tile in row]
     if labels is not None:
         tiles = [ImageOps.expand(tile.convert("RGB"), GAP, "white") for tile in tiles]
-    grid = make_image_grid(tiles, rows=len(stages), cols=len(stages[0]))
+    grid = make_image_grid(tiles, rows=len(stages) * rows, cols=columns)
     if labels is None:
         return grid
 
@@ -54,8 +57,10 @@ def stage_grid(
     titled = Image.new("RGB", (left + grid.width, top + grid.height), "white")
     titled.paste(grid, (left, top))
     draw = ImageDraw.Draw(titled)
-    for row, name in enumerate(names):
-        draw.text((left - 6, top + (row + 0.5) * height), name, "black", font, anchor="rm")
+    for stage, name in enumerate(names):
+        draw.text((left - 6, top + (stage + 0.5) * rows * height), name, "black", font, anchor="rm")
+        if stage and rows > 1:
+            draw.line((0, top + stage * rows * height, titled.width, top + stage * rows * height), "black")
     for column, label in enumerate(labels):
         draw.text((left + (column + 0.5) * width, top / 2), _fit(label, width - 4, font), "black", font, anchor="mm")
     return titled
