@@ -228,10 +228,20 @@ BAD_SCHEDULERS = {
         "contrad",
     ),
     "flow sigmas without flow": ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, None, "contradict"),
-    "flow model, epsilon": ("DDIMScheduler", {}, "flow", "FlowMatchEulerDiscreteScheduler"),
-    "epsilon model, flow": ("FlowMatchEulerDiscreteScheduler", {}, "epsilon", r"DDIMScheduler\(prediction_type"),
+    "flow model, epsilon": (
+        "DDIMScheduler",
+        {},
+        "flow",
+        r"pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config\(pipe.scheduler.config\)",
+    ),
+    "epsilon model, flow": (
+        "FlowMatchEulerDiscreteScheduler",
+        {},
+        "epsilon",
+        r"use `pipe.scheduler = DDIMScheduler.from_config\(",
+    ),
     "v model, epsilon": ("EulerDiscreteScheduler", {}, "v_prediction", "reads 'epsilon'"),
-    "no variance to read": ("DDPMScheduler", {"variance_type": "learned_range"}, None, "predicts no variance"),
+    "no variance to read": ("DDPMScheduler", {"variance_type": "learned_range"}, None, "variance_type='fixed_small'"),
     "cannot read variance": ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, None, "variance_type=None"),
 }
 

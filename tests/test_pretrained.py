@@ -3,6 +3,7 @@
 import pytest
 import torch
 from classifier import measure, train_classifier
+from diffusers import DiffusionPipeline
 from digits import load_digits
 from helpers import EXAMPLES
 
@@ -32,6 +33,18 @@ def test_the_second_stage_is_better_than_the_first(pipe):
         measure(classifier, stage.clamp(-1, 1), wanted, reference) for stage in stages
     )
     assert second < 0.9 * first and second_accuracy > first_accuracy > 0.6
+
+
+def test_it_loads_with_its_own_code(pipe):
+    """`examples/pretrained/write_code.py` writes it; it need not be this version's."""
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(FOLDER)
+    carried = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    assert type(carried).__module__.startswith("diffusers_modules")
+    carried.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    images = [each([3], generator=torch.Generator().manual_seed(0), **options).images for each in (pipe, carried)]
+    assert torch.equal(*images)
 
 
 def test_nothing_is_missing_for_a_push(pipe):

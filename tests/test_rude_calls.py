@@ -121,7 +121,10 @@ def test_huge_guidance_diverges_aloud():
 @pytest.mark.parametrize("where", ["scheduler", "code_scheduler"])
 def test_dynamic_shifting_is_refused_before_anything_is_drawn(where):
     pipe = tiny_coded_pipeline(**{where: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)})
-    with pytest.raises(ValueError, match="use_dynamic_shifting=False` and a fixed `shift`"):
+    with pytest.raises(
+        ValueError,
+        match=rf"`pipe.{where} = FlowMatch\w+.from_config\(pipe.{where}.config, use_dynamic_shifting=False\)",
+    ):
         pipe([1], num_inference_steps=1)
 
 

@@ -101,8 +101,12 @@ def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, A
     return {key: value for key, value in config.items() if key in parameters}
 
 
-def scheduler_reads(scheduler: type, config: Mapping[str, Any]) -> str:
+def scheduler_reads(scheduler: type, config: Mapping[str, Any], cure: str) -> str:
     """What a scheduler takes for the model's output: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
+
+    Args:
+        scheduler (`type`), config (mapping): its class and config.
+        cure (`str`): what the message says to use instead.
 
     Raises:
         ValueError: if its config contradicts itself.
@@ -115,8 +119,7 @@ def scheduler_reads(scheduler: type, config: Mapping[str, Any]) -> str:
     if flow_sigmas != (reads == "flow"):
         raise ValueError(
             f"{scheduler.__name__} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={prediction_type!r}`, which "
-            "contradict each other: use a scheduler with `use_flow_sigmas=True, prediction_type='flow_prediction'` "
-            "for a flow model and with neither for another."
+            f"contradict each other: use {cure}."
         )
     return reads
 
@@ -126,38 +129,94 @@ def keeps_variance(scheduler: type, config: Mapping[str, Any]) -> bool:
     return scheduler_entries(scheduler, config).get("variance_type") in ("learned", "learned_range")
 
 
-def check_scheduler(scheduler: type, config: Mapping[str, Any], transformer: Any) -> None:
+# Schedulers of diffusers that have a `prediction_type` and are another model's own
+OF_OTHER_MODELS = ("SCMScheduler", "HeliosScheduler", "HeliosDMDScheduler", "UnCLIPScheduler")
+NOT_OF_SAMPLES = (
+    "PNDMScheduler EDMEulerScheduler EDMDPMSolverMultistepScheduler EulerAncestralDiscreteScheduler ".split()
+)
+NOT_OF_SAMPLES += ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+# Those of rectified flow, which have no `prediction_type`
+FLOW_ONLY = ("FlowMatch", "LTXEulerAncestralRF")
+OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def can_read(scheduler: type, predicts: str) -> bool:
+    """Whether a scheduler can be made so that it samples from noise with a model of this prediction."""
+    step = list(inspect.signature(getattr(scheduler, "step", lambda: None)).parameters.values())
+    needs = [p.name for p in step if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if "Inverse" in scheduler.__name__ or needs != ["self", "model_output", "timestep", "sample"]:
+        return False  # it goes from a sample to noise, or needs more than an image's denoising has
+    names = inspect.signature(scheduler).parameters
+    if "prediction_type" not in names:
+        is_foreign = scheduler.__module__.split(".")[0] != "diffusers"
+        return predicts == "flow" and (is_foreign or scheduler.__name__.startswith(FLOW_ONLY))
+    if scheduler.__name__ in OF_OTHER_MODELS or (predicts == "sample" and scheduler.__name__ in NOT_OF_SAMPLES):
+        return False
+    return predicts != "flow" or "use_flow_sigmas" in names
+
+
+def scheduler_cure(scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler") -> str:
+    """The expression that makes a scheduler for this transformer, of the same class if that can be.
+
+    Args:
+        scheduler (`type`), config (mapping): of the scheduler that does not fit.
+        transformer: config of the [`DoDTransformer2DModel`].
+        component (`str`, defaults to `"scheduler"`): its name in the pipeline.
+    """
+    predicts = transformer.prediction_type or scheduler_entries(scheduler, config).get("prediction_type", "flow")
+    predicts = predicts.replace("flow_prediction", "flow")
+    if not can_read(scheduler, predicts):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler if predicts == "flow" else diffusers.DDIMScheduler
+    names = inspect.signature(scheduler).parameters
+    wanted: dict[str, Any] = {}
+    if "prediction_type" in names:
+        wanted["prediction_type"] = "flow_prediction" if predicts == "flow" else predicts
+    if "use_flow_sigmas" in names:
+        wanted["use_flow_sigmas"] = predicts == "flow"
+        wanted |= dict.fromkeys(OTHER_SIGMAS, False) if predicts == "flow" else {}
+    wanted["use_dynamic_shifting"] = False
+    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
+        wanted["variance_type"] = "fixed_small" if issubclass(scheduler, DDPMScheduler) else None
+    # Only what is not so already; `from_config` takes the rest, or the class's own default, over.
+    changes = [
+        f"{name}={value!r}"
+        for name, value in wanted.items()
+        if name in names and config.get(name, names[name].default) != value
+    ]
+    return f"{scheduler.__name__}.from_config({', '.join([f'pipe.{component}.config', *changes])})"
+
+
+def _fits_variance(scheduler: type, transformer: Any) -> bool:
+    return issubclass(scheduler, DDPMScheduler) and transformer.out_channels == 2 * transformer.in_channels
+
+
+def check_scheduler(
+    scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler"
+) -> None:
     """Compares a scheduler with the transformer's prediction.
 
     Args:
         scheduler (`type`), config (mapping): the scheduler's class and config.
         transformer: config of the [`DoDTransformer2DModel`].
+        component (`str`, defaults to `"scheduler"`): the scheduler's name in the pipeline.
 
     Raises:
-        ValueError: with a scheduler that fits.
+        ValueError: with the expression that makes a scheduler that fits.
     """
+    name, predicts = scheduler.__name__, transformer.prediction_type
+    cure = f"`pipe.{component} = {scheduler_cure(scheduler, config, transformer, component)}`"
+    reads = scheduler_reads(scheduler, config, cure)
+    if not can_read(scheduler, predicts or reads):
+        raise ValueError(
+            f"{name} cannot sample with a model that predicts {predicts or reads!r}, however it is made: use {cure}."
+        )
+    if predicts not in (None, reads):
+        raise ValueError(f"The transformer predicts {predicts!r} but {name} reads {reads!r}: use {cure}.")
     if scheduler_entries(scheduler, config).get("use_dynamic_shifting"):
         raise ValueError(
-            f"{scheduler.__name__} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not "
-            "give: make it with `use_dynamic_shifting=False` and a fixed `shift`."
+            f"{name} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not give: use {cure}, "
+            "which has a fixed `shift`."
         )
-    name, reads, predicts = scheduler.__name__, scheduler_reads(scheduler, config), transformer.prediction_type
-    if predicts not in (None, reads):
-        fitting = (
-            "FlowMatchEulerDiscreteScheduler" if predicts == "flow" else f"DDIMScheduler(prediction_type={predicts!r})"
-        )
-        raise ValueError(
-            f"The transformer predicts {predicts!r} but {name} reads {reads!r}: use a scheduler made for {predicts!r}, "
-            f"such as {fitting}."
-        )
-    if not keeps_variance(scheduler, config):
-        return
-    if not issubclass(scheduler, DDPMScheduler):
-        raise ValueError(
-            f"{name} cannot read a learned variance: make it with `variance_type=None`, or use DDPMScheduler."
-        )
-    if transformer.out_channels != 2 * transformer.in_channels:
-        raise ValueError(
-            f"{name} has `variance_type={config['variance_type']!r}` but the transformer predicts no variance (its "
-            f"`out_channels` is not {2 * transformer.in_channels}): make the scheduler with `variance_type='fixed_small'`."
-        )
+    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
+        problem = "the transformer predicts none" if issubclass(scheduler, DDPMScheduler) else "does not use it"
+        raise ValueError(f"{name} has `variance_type={config['variance_type']!r}` but {problem}: use {cure}.")

@@ -54,6 +54,16 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         codes_mean (`list` of `float`, *optional*), codes_std (`list` of `float`, *optional*):
             Mean and standard deviation of each channel of the codes of the training data, for a code model.
+
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_dod import DoDLatentEmbedder
+
+        >>> embedder = DoDLatentEmbedder(num_encoder_layers=1, num_decoder_layers=1, output_dim=32)
+        >>> output = embedder(torch.randn(2, 4, 32, 32))
+        >>> prior_tokens, codes = output.prior_tokens, output.codes  # (2, 256, 32) and (2, 256, 4)
+        ```
     """
 
     _supports_gradient_checkpointing = True

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from .adapters import DoDLoraLoaderMixin
@@ -39,6 +39,19 @@ from .repository import DoDRepositoryMixin
 
 # Class guidance where a call gives none: of stage 1, of a stage after another, and of one that starts from codes.
 FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 1.25
+
+
+EXAMPLE_DOC_STRING = """
+        Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers_dod import DoDPipeline
+
+            >>> pipe = DoDPipeline.from_pretrained("examples/pretrained/digits")
+            >>> images = pipe([3, 7], num_inference_steps=12, generator=torch.Generator().manual_seed(0)).images
+            >>> images[0].save("three.png")
+            ```
+"""
 
 
 @dataclass
@@ -215,12 +228,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        channels = self.transformer.config.in_channels
-        if output_type == "pil" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
-                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
-            )
         check_generator(generator, batch_size)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -238,7 +245,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
             check_scales("code_guidance_scale", code_guidance_scale, 1)
-            check_scheduler(type(self.code_scheduler), self.code_scheduler.config, self.code_transformer.config)
+            scheduler, transformer = self.code_scheduler, self.code_transformer
+            check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
             code_patch_size = self.code_transformer.config.patch_size
             grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
             if grid[0] % code_patch_size or grid[1] % code_patch_size:
@@ -246,6 +254,12 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                     f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of "
                     f"{code_patch_size} does not divide: choose another size, pass `codes`, or `prior_source='stage'`."
                 )
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
+                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
+            )
 
     def prepare_latents(
         self,
@@ -349,6 +363,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         class_labels: int | str | None | list[int | str | None] | torch.Tensor,
@@ -425,6 +440,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 bottleneck_dim)`; also one set for all images or one per label.
             code_num_inference_steps (`int`, defaults to 30): Steps of the code model.
             code_guidance_scale (`float`, defaults to 1.0): Class guidance of the code model, in every step.
+
+        Examples:
 
         Returns:
             [`DoDPipelineOutput`] or `tuple`: the images, and the list of all stages' where asked for.

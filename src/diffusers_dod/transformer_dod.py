@@ -109,6 +109,16 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             Whether the network's output is the clean sample (Li & He 2025, JiT, arXiv 2511.13720), for patches of many
             numbers in pixel space. `forward` still returns the velocity that it implies,
             `(noisy - sample) / max(sigma, 0.05)`, so schedulers and losses stay the same. For `"flow"` models only.
+
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_dod import DoDTransformer2DModel
+
+        >>> model = DoDTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=16, num_classes=10)
+        >>> noisy, timestep, labels = torch.randn(2, 4, 32, 32), torch.tensor([900.0, 100.0]), torch.tensor([3, 10])
+        >>> velocity = model(noisy, timestep, labels).sample  # (2, 4, 32, 32); label 10 is the null class
+        ```
     """
 
     _supports_gradient_checkpointing = True

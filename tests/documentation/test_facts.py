@@ -135,6 +135,21 @@ def test_the_api_reference_is_that_of_the_docstrings():
     assert made == (ROOT / "docs/api.md").read_text(), "run `python docs/make_api.py`"
 
 
+def test_the_examples_of_the_docstrings_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for value in (
+        diffusers_dod.DoDTransformer2DModel,
+        diffusers_dod.DoDLatentEmbedder,
+        diffusers_dod.DoDPipeline.__call__,
+    ):
+        example = re.search(r"```py\n(.*?)```", value.__doc__, re.DOTALL)[1]
+        names = {}
+        exec(re.sub(r"^ *>>> ", "", example, flags=re.MULTILINE), names)
+        assert names["torch"]
+    assert (tmp_path / "three.png").exists()
+
+
 def test_the_drawing_is_that_of_its_script():
     assert load(ROOT / "docs/draw_method.py").draw() == (ROOT / "docs/images/method.svg").read_text()
 

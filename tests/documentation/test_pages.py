@@ -68,6 +68,7 @@ CUT = [
     ("diffusers_dod train", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train-codes", ["--max_train_steps", "2", "--train_batch_size", "4"], "size"),
     ("diffusers_dod train --preset", ["--transformer_config", TINY[0], "--embedder_config", TINY[1]], "size"),
+    ("diffusers_dod train --keep_checkpoint_at", ["--keep_checkpoint_at", "1"], "size"),
     ("diffusers_dod train --repa_encoder", ["--repa_layer", "1"], "of one layer"),
     ("diffusers_dod train --recipe", ["--validation_steps", "0"], "size"),
     ("diffusers_dod cache", ["--batch_size", "4", "--dataloader_num_workers", "0"], "size"),
@@ -127,6 +128,8 @@ def lay_out(folder: Path, page: str) -> None:
         transformer=tiny_transformer(sample_size=32, patch_size=4, **gray),
         latent_embedder=tiny_embedder(sample_size=32, patch_size=4, in_channels=1),
     ).save_pretrained(folder / "outputs/mine")
+    weak = tiny_transformer(sample_size=32, patch_size=4, num_layers=1, **gray)
+    weak.save_pretrained(folder / "outputs/mine/checkpoint-2000/transformer_ema_0.9999")
 
 
 @pytest.fixture(scope="module")

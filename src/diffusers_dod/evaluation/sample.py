@@ -32,7 +32,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
     add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
-    add("--guidance_scale", type=real, nargs="+", default=[1.0], help="one value, or one per stage")
+    add("--guidance_scale", type=real, nargs="+", default=[1.0], help="one value, or one per stage; not of a guider")
     add("--prior_guidance_scale", type=real, nargs="+", help="a scale of its own for the prior; default: none")
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
     add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")

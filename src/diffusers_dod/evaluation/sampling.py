@@ -109,6 +109,14 @@ def sample(args: argparse.Namespace) -> None:
     def for_stages(values: list | None) -> object:
         return values[0] if values is not None and len(values) == 1 else values
 
+    guidance = {
+        "guidance_scale": for_stages(args.guidance_scale),
+        "prior_guidance_scale": for_stages(args.prior_guidance_scale),
+        "guidance_interval": tuple(args.guidance_interval),
+    }
+    if pipe.guider is not None:  # it has its own
+        guidance = {}
+
     # 2. This process's images that are not there yet
     missing = [
         index
@@ -126,9 +134,7 @@ def sample(args: argparse.Namespace) -> None:
                 code_num_inference_steps=args.code_num_inference_steps,
                 code_guidance_scale=args.code_guidance_scale,
                 num_inference_steps=for_stages(args.num_inference_steps),
-                guidance_scale=for_stages(args.guidance_scale),
-                prior_guidance_scale=for_stages(args.prior_guidance_scale),
-                guidance_interval=tuple(args.guidance_interval),
+                **guidance,
                 generator=row_generators(args.seed, 0, indices),
                 return_stages=True,
             ).stages
