@@ -58,11 +58,11 @@ from .repository import (
     BLOCK_NAME,
     MODEL_CLASSES,
     MODULAR_INDEX_NAME,
+    json_text,
     modular_class,
     modular_files,
     resolve_index,
     standalone_source,
-    write_json,
 )
 from .transformer_dod import DoDTransformer2DModel
 
@@ -467,7 +467,9 @@ class DoDStages(SequentialPipelineBlocks):
         folder.mkdir(parents=True, exist_ok=True)
         source = standalone_source(Path(str(sys.modules[type(self).__module__].__file__)))
         (folder / BLOCK_NAME).write_text(source, encoding="utf-8")
-        write_json(folder / BLOCK_CONFIG_NAME, modular_files({}, None)[BLOCK_CONFIG_NAME])
+        (folder / BLOCK_CONFIG_NAME).write_text(
+            json_text(modular_files({}, None)[BLOCK_CONFIG_NAME]), encoding="utf-8"
+        )
         if (folder / MODULAR_INDEX_NAME).is_file():
             # diffusers names the models by the module that they were in, which is gone when the folder is loaded.
             index = json.loads((folder / MODULAR_INDEX_NAME).read_text(encoding="utf-8"))
@@ -476,4 +478,4 @@ class DoDStages(SequentialPipelineBlocks):
                     hint = modular_class(*entry[2]["type_hint"])
                     own = hint if entry[0] is not None else [None, None]  # of a model that was not loaded
                     index[name] = [*own, {**entry[2], "type_hint": hint}]
-            write_json(folder / MODULAR_INDEX_NAME, index)
+            (folder / MODULAR_INDEX_NAME).write_text(json_text(index), encoding="utf-8")

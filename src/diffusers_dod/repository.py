@@ -73,11 +73,23 @@ def carried_code(index: dict[str, Any], pipeline_file: str | None = None) -> dic
     carried = file.with_name(f"{CARRIED_NAME}.py")
     models = standalone_source(carried if carried.exists() else file.with_name(f"{MODELS_NAME}.py"))
     folders = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in MODEL_CLASSES]
-    code = {"pipeline.py": standalone_source(file), **{f"{name}/{CARRIED_NAME}.py": models for name in folders}}
-    blocks = file.with_name(BLOCKS_SOURCE)
-    if blocks.is_file():  # a repository's own pipeline has no blocks beside it
-        code[BLOCK_NAME] = standalone_source(blocks)
-    return code
+    return {"pipeline.py": standalone_source(file), **{f"{name}/{CARRIED_NAME}.py": models for name in folders}}
+
+
+def carried_blocks(
+    index: dict[str, Any], source: str | None, revision: str | None = None, pipeline_file: str | None = None
+) -> dict[str, str]:
+    """The blocks that a repository carries and what describes them, by its path there.
+
+    Args:
+        index, source, revision: as for [`modular_files`].
+        pipeline_file (`str`, *optional*): as for [`carried_code`]; a repository's own pipeline has no blocks beside it.
+    """
+    blocks = Path(pipeline_file or __file__).with_name(BLOCKS_SOURCE)
+    if not blocks.is_file():
+        return {}
+    files = {name: json_text(value) for name, value in modular_files(index, source, revision).items()}
+    return {BLOCK_NAME: standalone_source(blocks), **files}
 
 
 def modular_files(index: dict[str, Any], source: str | None, revision: str | None = None) -> dict[str, dict[str, Any]]:
@@ -112,8 +124,8 @@ def modular_class(library: str, name: str) -> list[str]:
     return [BLOCK_MODULE if name in MODEL_CLASSES else library, name]
 
 
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
@@ -125,13 +137,9 @@ def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> N
     """
     index_file = Path(folder, INDEX_NAME)
     index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
-    code = carried_code(index, pipeline_file)
-    for path, text in code.items():
+    for path, text in carried_code(index, pipeline_file).items():
         Path(folder, path).write_text(text, encoding="utf-8")
-    write_json(index_file, index)
-    if BLOCK_NAME in code:
-        for name, value in modular_files(index, str(folder)).items():
-            write_json(Path(folder, name), value)
+    index_file.write_text(json_text(index), encoding="utf-8")
 
 
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +387,12 @@ class DoDRepositoryMixin:
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
-            write_code(save_directory, str(sys.modules[type(self).__module__].__file__))
+            pipeline_file = str(sys.modules[type(self).__module__].__file__)
+            write_code(save_directory, pipeline_file)
+            index = json.loads(Path(save_directory, INDEX_NAME).read_text(encoding="utf-8"))
+            blocks = carried_blocks(index, str(save_directory), pipeline_file=pipeline_file)
+            for path, text in blocks.items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs

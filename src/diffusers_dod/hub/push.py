@@ -22,9 +22,9 @@ from ..repository import (
     CARRIED_NAME,
     INDEX_NAME,
     MODULAR_INDEX_NAME,
+    carried_blocks,
     carried_code,
     index_with_code,
-    modular_files,
     resolve_index,
 )
 from .card import EVALUATION_NAME, TRAINING_NAME, build_card, build_lora_card, read_evaluation, read_json, read_object
@@ -98,7 +98,7 @@ def collect_upload(
         # AutoModel reads this here, not in the models' configs. In a folder it would hide the package from AutoModel.
         index = index_with_code(index) | {"auto_map": {"AutoModel": f"{CARRIED_NAME}.DoDModel"}}
         upload |= {path: text.encode() for path, text in carried_code(index).items()}
-        upload |= {name: _json_bytes(value) for name, value in modular_files(index, repo_id, revision).items()}
+        upload |= {path: text.encode() for path, text in carried_blocks(index, repo_id, revision).items()}
     else:
         index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
     upload[INDEX_NAME] = _json_bytes(index)
