@@ -4,10 +4,50 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
 
+from .arguments import shown
 from .autoencoding import vae_latent_channels
+
+
+# By which entry of its config a model is known; its class may be that of a repository's own code.
+KNOWN_BY = {"transformer": "num_classes", "code_transformer": "num_classes", "latent_embedder": "bottleneck_dim"}
+
+
+def check_kinds(components: Mapping[str, Any]) -> None:
+    """Whether each component is of its kind at all; `None` is one that is not loaded.
+
+    Raises:
+        TypeError: naming the component.
+    """
+    for name, component in components.items():
+        if component is None:
+            continue
+        config: Any = getattr(component, "config", None)
+        kind, fits = "a scheduler of diffusers", isinstance(config, Mapping)
+        if "scheduler" in name:
+            fits = fits and callable(getattr(component, "set_timesteps", None)) and hasattr(component, "step")
+        else:
+            kind = "an autoencoder of diffusers" if name == "vae" else "a model of diffusers_dod of that name"
+            fits = fits and isinstance(component, torch.nn.Module)
+            fits = fits and (hasattr(component, "decode") if name == "vae" else KNOWN_BY[name] in config)
+        if not fits:
+            raise TypeError(f"`{name}` is {shown(component)}; it must be {kind}.")
+
+
+def check_loaded(components: Mapping[str, Any]) -> None:
+    """Whether all is there that a call needs.
+
+    Raises:
+        ValueError: naming the component that is `None`.
+    """
+    needed = ["transformer", "latent_embedder", "scheduler"]
+    needed += ["code_scheduler"] if components["code_transformer"] is not None else []
+    for name in needed:
+        if components[name] is None:
+            raise ValueError(f"`{name}` is None: this pipeline needs one to draw.")
 
 
 def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:
@@ -60,6 +100,19 @@ def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: A
         raise ValueError(
             "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: load the embedder "
             "that was saved with the code model."
+        )
+
+
+def check_code_grid(grid: tuple[int, int], patch_size: int, height: int, width: int) -> None:
+    """Whether the code model's patches cut the codes of an image of that height and width.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if grid[0] % patch_size or grid[1] % patch_size:
+        raise ValueError(
+            f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of {patch_size} does not "
+            "divide: choose another size, pass `codes`, or `prior_source='stage'`."
         )
 
 

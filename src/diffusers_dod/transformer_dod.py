@@ -16,7 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
-from .arguments import check_numbers, check_sizes
+from .arguments import check_choice, check_numbers, check_sizes, check_switches
 from .layers import (
     NORM_EPS,
     DoDRotaryEmbedding,
@@ -147,8 +147,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             ("qk_norm", qk_norm, ("layer_norm", None)),
             ("adaln_type", adaln_type, ("low_rank", "full")),
         ):
-            if value not in choices:
-                raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
+            check_choice(name, value, choices)
         check_sizes(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -162,6 +161,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         check_sizes(0, num_layers=num_layers, num_classes=num_classes, freq_shift=freq_shift)
         check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, ff_norm_eps=ff_norm_eps)
         check_numbers(timestep_scale=timestep_scale, timestep_offset=timestep_offset)
+        check_switches(x_prediction=x_prediction)
         self.out_channels = in_channels if out_channels is None else out_channels
         if x_prediction and (prediction_type != "flow" or self.out_channels != in_channels):
             raise ValueError("`x_prediction` needs `prediction_type='flow'` and no `out_channels` of its own.")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import check_choice, check_count
 from ..layers import sincos_embedding_2d
 from ..transformer_dod import DoDTransformer2DModel
 from .sources import SOURCES
@@ -293,8 +294,11 @@ def convert_checkpoint(
     in_channels: int = 4,
 ) -> ConvertedBackbone:
     """[`convert_backbone`] with notes on what was found, and by default the published head count of the width."""
-    if source not in SOURCES:
-        raise ValueError(f"`source` is {source!r}; use {' or '.join(map(repr, SOURCES))}.")
+    check_choice("source", source, SOURCES)
+    sizes = {"num_attention_heads": num_attention_heads, "sample_size": sample_size, "in_channels": in_channels}
+    for name, value in sizes.items():
+        if value is not None or name == "in_channels":
+            check_count(name, value)
     tensors, path = find_state_dict(state_dict)
     notes = [] if path is None else [f"nested under {path!r}"]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
