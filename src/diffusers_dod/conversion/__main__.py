@@ -15,7 +15,7 @@ from ..presets import PRESETS
 from .sources import SOURCES
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod convert", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
     add("source", choices=SOURCES, help="whose checkpoint it is; REPA's SiT is sit")
@@ -28,7 +28,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--embedder_preset", choices=PRESETS, help="size of the latent embedder; default: that of the nearest width")
     add("--vae", help="autoencoder to include, a folder or a Hub repository; default: none")
     add("--vae_subfolder", help="where in it")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def convert_file(argv: list[str]) -> None:
