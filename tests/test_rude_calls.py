@@ -1,5 +1,6 @@
 """Nonsense is refused in one line that names it: constructors, calls, schedulers, results, folders."""
 
+import copy
 import json
 import math
 
@@ -145,6 +146,34 @@ def test_from_pipe_shares_models_and_labels():
     assert DoDPipeline.from_pipe(tiny_pipeline(), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="has no component 'unet'"):
         DoDPipeline.from_pipe(pipe, unet=None)
+
+
+ORIGINALS = {
+    "pipeline": lambda: tiny_pipeline(),
+    "coded pipeline": lambda: tiny_coded_pipeline(id2label={0: "cat", 1: "dog"}),
+    "DiT's parts": lambda: tiny_pipeline(
+        transformer=tiny_transformer(in_channels=4, pos_embed_type="sincos", adaln_type="full", qk_norm=None)
+    ),
+    "another scheduler": lambda: tiny_pipeline(scheduler=diffusers.FlowMatchHeunDiscreteScheduler()),
+    "bfloat16": lambda: tiny_pipeline().to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_a_deep_copy_draws_the_same_and_shares_nothing(name):
+    pipe = ORIGINALS[name]()
+    copied = copy.deepcopy(pipe)
+
+    def draw(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe([1], num_inference_steps=2, output_type="latent", generator=generator).images
+
+    expected = draw(pipe)
+    assert torch.equal(draw(copied), expected) and copied.scheduler is not pipe.scheduler
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.add_(1)
+    assert torch.equal(draw(copied), expected)
 
 
 @pytest.mark.parametrize("component", ["transformer", "latent_embedder", "code_transformer"])

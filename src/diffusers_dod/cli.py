@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-# What they raise is about a connection, or a server's answer.
-NETWORK_LIBRARIES = ("httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3")
+# What they raise is about a connection, a server's answer, or a file.
+OUTSIDE_LIBRARIES = ("safetensors", "httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3")
 
 
 class CommandError(Exception):
@@ -86,6 +86,8 @@ class Parser(argparse.ArgumentParser):
         spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
 
         def spell(argument: str) -> str:
+            if not argument.isascii() and argument.encode(errors="ignore").decode() != argument:
+                self.error(f"{argument!a} is not UTF-8: rename it")  # configurations and reports are
             name, equals, value = argument.partition("=")
             return spellings.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else argument
 
@@ -93,7 +95,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """The `type` of an option that takes finite numbers from `low` to `high`."""
+    """The `type` of an option that takes finite numbers from `low` to `high`, integers up to 2**31 - 1 by default."""
+    if kind is int and high == float("inf"):
+        high = 2**31 - 1  # the largest that every library takes
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -110,7 +114,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
         return {name: value for name, value in values.items() if not name.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a JSON object nor a file with one ({error})") from error
 
 
@@ -133,9 +137,10 @@ def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | No
         return 128 + signal.SIGINT
     except Exception as error:
         is_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")  # killed, usually
-        is_network = type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES
-        if not is_worker and not is_network and not isinstance(error, OSError):
+        is_outside = type(error).__module__.partition(".")[0] in OUTSIDE_LIBRARIES
+        if not is_worker and not is_outside and not isinstance(error, OSError):
             raise
         message, status = first_line(error), WorkerLost.status if is_worker else BadInput.status
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    # One line, whatever the names in it are.
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -5,15 +5,57 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMScheduler
+from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
+from .arguments import shown
 from .autoencoding import vae_latent_channels
 
 
 # Of `from_pretrained`. diffusers 0.42 deprecates the older name, which is the only one before it.
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42.0.dev0") else "torch_dtype"
+# By which entry of its config a model is known; its class may be that of a repository's own code.
+TRANSFORMERS = ("transformer", "code_transformer", "weak_transformer")
+KNOWN_BY = {"latent_embedder": "bottleneck_dim", **dict.fromkeys(TRANSFORMERS, "num_classes")}
+
+
+def check_kinds(components: Mapping[str, Any]) -> None:
+    """Whether each component is of its kind at all; `None` is one that is not loaded.
+
+    Raises:
+        TypeError: naming the component.
+    """
+    for name, component in components.items():
+        if component is None:
+            continue
+        config: Any = getattr(component, "config", None)
+        kind, fits = "a scheduler of diffusers", isinstance(config, Mapping)
+        if "scheduler" in name:
+            fits = fits and callable(getattr(component, "set_timesteps", None)) and hasattr(component, "step")
+        elif name == "guider":
+            kind, fits = "a guider of diffusers", isinstance(component, BaseGuidance)
+        else:
+            kind = "an autoencoder of diffusers" if name == "vae" else "a model of diffusers_dod of that name"
+            fits = fits and isinstance(component, torch.nn.Module)
+            fits = fits and (hasattr(component, "decode") if name == "vae" else KNOWN_BY[name] in config)
+        if not fits:
+            raise TypeError(f"`{name}` is {shown(component)}; it must be {kind}.")
+
+
+def check_loaded(components: Mapping[str, Any]) -> None:
+    """Whether all is there that a call needs.
+
+    Raises:
+        ValueError: naming the component that is `None`.
+    """
+    needed = ["transformer", "latent_embedder", "scheduler"]
+    needed += ["code_scheduler"] if components["code_transformer"] is not None else []
+    for name in needed:
+        if components[name] is None:
+            raise ValueError(f"`{name}` is None: this pipeline needs one to draw.")
 
 
 def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:
@@ -90,6 +132,19 @@ def check_weak_model(weak_transformer: Any, transformer: Any) -> None:
                 f"The weak transformer's {what} is {weak_value} but the transformer's is {value}: they see the same latents, "
                 "classes and prior tokens, so load an earlier checkpoint of it, or one of fewer layers."
             )
+
+
+def check_code_grid(grid: tuple[int, int], patch_size: int, height: int, width: int) -> None:
+    """Whether the code model's patches cut the codes of an image of that height and width.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if grid[0] % patch_size or grid[1] % patch_size:
+        raise ValueError(
+            f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of {patch_size} does not "
+            "divide: choose another size, pass `codes`, or `prior_source='stage'`."
+        )
 
 
 def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Files that are whole or absent, and SHA-256 sums by which files, settings and models are recognised."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,27 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Finds out before the work whether its result can be written.
+
+    Raises:
+        OSError: if it cannot, with the file's name.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    probe = Path(path).with_name(f"tmp-{os.getpid()}-{Path(path).name}")
+    probe.touch()
+    probe.unlink()
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a whole folder, or a link without what it leads to; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

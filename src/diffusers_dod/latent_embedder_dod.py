@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .arguments import check_numbers, check_sizes
+from .arguments import check_list, check_numbers, check_sizes
 from .layers import DoDRotaryEmbedding, DoDViTBlock, initialize_linear_xavier, patchify
 
 
@@ -102,9 +102,10 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         )
         check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
         check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta)
-        for name, values in (("codes_mean", codes_mean), ("codes_std", codes_std)):
-            if values is not None and len(values) != bottleneck_dim:
-                raise ValueError(f"`{name}` has {len(values)} entries for a `bottleneck_dim` of {bottleneck_dim}.")
+        if codes_mean is not None:
+            check_list("codes_mean", codes_mean, bottleneck_dim)
+        if codes_std is not None:
+            check_list("codes_std", codes_std, bottleneck_dim, above=0)
         dim = num_attention_heads * attention_head_dim
         self.output_patch_size = patch_size if output_patch_size is None else output_patch_size
 
@@ -246,6 +247,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         codes = self.encode(latents)
         seen = codes
         if code_noise is not None:
+            if code_noise.shape != codes.shape:
+                raise ValueError(f"`code_noise` is {tuple(code_noise.shape)} for codes of {tuple(codes.shape)}.")
             seen = codes + code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
         prior_tokens = self.decode(seen, *latents.shape[-2:])
         if not return_dict:

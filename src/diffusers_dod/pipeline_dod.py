@@ -16,23 +16,35 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .adapters import DoDLoraLoaderMixin
 from .arguments import (
+    changed_tensors,
+    check_callback,
     check_choice,
     check_count,
     check_generator,
     check_intervals,
+    check_numbers,
     check_per_stage,
     check_sample,
     check_scales,
     check_size,
     check_steps,
+    check_switches,
     check_tensor,
     per_stage,
 )
 from .autoencoding import decode_latents, make_image_processor, vae_spatial_factor
-from .compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from .compatibility import (
+    check_code_grid,
+    check_code_model,
+    check_components,
+    check_kinds,
+    check_loaded,
+    check_scheduler,
+    check_weak_model,
+)
 from .denoising import Denoising
 from .guidance import DEFAULT_INTERVAL, GuiderGuidance, ScaleGuidance, StageGuidance, check_guidance
-from .labels import ClassLabelsMixin, synonyms
+from .labels import ClassLabelsMixin, synonyms, text_labels
 from .priors import PriorImage, PriorInputsMixin
 from .repository import DoDRepositoryMixin
 
@@ -119,21 +131,22 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         weak_transformer: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(
-            transformer=transformer,
-            latent_embedder=latent_embedder,
-            scheduler=scheduler,
-            vae=vae,
-            code_transformer=code_transformer,
-            code_scheduler=code_scheduler,
-            guider=guider,
-            weak_transformer=weak_transformer,
-        )
-        # JSON turns integer keys into strings, so they are strings from the start.
-        id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None)
+        components = {
+            "transformer": transformer,
+            "latent_embedder": latent_embedder,
+            "scheduler": scheduler,
+            "vae": vae,
+            "code_transformer": code_transformer,
+            "code_scheduler": code_scheduler,
+            "guider": guider,
+            "weak_transformer": weak_transformer,
+        }
+        check_kinds(components)
+        self.register_modules(**components)
+        id2label = text_labels(id2label)
+        self.register_to_config(id2label=id2label)
 
-        self.labels = synonyms(id2label)
+        self.labels = synonyms(id2label or {})
         if transformer is None or latent_embedder is None:
             return
         check_components(transformer.config, latent_embedder.config, vae)
@@ -206,6 +219,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         latents,
         image,
         output_type,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         prior_source,
         codes,
@@ -229,11 +243,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_intervals(guidance_interval, num_stages)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         check_generator(generator, batch_size)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be passed."
-            )
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
         patch_size = self.transformer.config.patch_size
         if num_stages > 1 or prior_source == "codes":  # or a size that only the embedder cannot cut would fail late
@@ -244,16 +254,11 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
-            check_scales("code_guidance_scale", code_guidance_scale, 1)
+            check_numbers(code_guidance_scale=code_guidance_scale)
             scheduler, transformer = self.code_scheduler, self.code_transformer
             check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
-            code_patch_size = self.code_transformer.config.patch_size
             grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
-            if grid[0] % code_patch_size or grid[1] % code_patch_size:
-                raise ValueError(
-                    f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of "
-                    f"{code_patch_size} does not divide: choose another size, pass `codes`, or `prior_source='stage'`."
-                )
+            check_code_grid(grid, self.code_transformer.config.patch_size, height, width)
         channels = self.transformer.config.in_channels
         if output_type == "pil" and self.vae is None and channels not in (1, 3):
             raise ValueError(
@@ -347,8 +352,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
-                    latents = changed.pop("latents", latents)
-                    prior_tokens = changed.pop("prior_tokens", prior_tokens)
+                    latents, prior_tokens = changed_tensors(changed, latents=latents, prior_tokens=prior_tokens)
                 progress_bar.update()
                 if self._interrupt:
                     break
@@ -357,9 +361,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
 
     def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Samples of a stage in the form that `output_type` names."""
+        check_sample(latents, self.scheduler)
         if output_type == "latent":
             return latents
-        check_sample(latents, self.scheduler)
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
     @torch.no_grad()
@@ -450,6 +454,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             ValueError: for arguments that do not fit the model, the scheduler or each other.
         """
         # 1. What to make, and whether it can be made
+        check_loaded(self.components)
         label_ids = self.prepare_class_labels(class_labels)
         check_count("num_images_per_prompt", num_images_per_prompt)
         batch_size = len(label_ids) * num_images_per_prompt
@@ -472,6 +477,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             guidance_interval,
         )
         guidance_interval = DEFAULT_INTERVAL if guidance_interval is None else guidance_interval
+        check_switches(return_dict=return_dict, return_stages=return_stages)
+        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             batch_size,
             num_stages,
@@ -485,7 +492,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             latents,
             image,
             output_type,
-            callback_on_step_end_tensor_inputs,
+            *on_step_end,
             prior_source,
             codes,
             code_num_inference_steps,
@@ -501,7 +508,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         latent_size = self._latent_shape(height, width)[1:]
         self._num_stages, self._num_timesteps, self._interrupt = num_stages, 0, False
         self._current_timestep, self._current_stage = None, 0
-        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 2. What stands for the first stage's sample: codes, or a user's picture
         prior_latents, first_stage = None, 1

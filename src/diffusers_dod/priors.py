@@ -18,15 +18,41 @@ def prepare_pictures(image: Any) -> list[PIL.Image.Image]:
     """A user's PIL picture, or a list of them, upright, opaque and of 8 bits per channel.
 
     Raises:
-        ValueError: for a picture that is too large, too narrow, damaged or of another mode, and for what is none.
+        ValueError: for a picture that is too large, too narrow, damaged or of another mode.
     """
-    pictures = image if isinstance(image, list) else [image]
-    if not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
-        raise ValueError("`image` mixes pictures with something else: pass a list of one kind.")
     try:
-        return [prepare_picture(picture) for picture in pictures]
+        return [prepare_picture(picture) for picture in (image if isinstance(image, list) else [image])]
     except (ValueError, OSError, SyntaxError) as error:  # the last two from a file that is decoded only now
         raise ValueError(f"`image` cannot be used: {error}.") from error
+
+
+def check_image(image: Any, is_gray: bool) -> None:
+    """Refuses what is neither pictures nor floating-point arrays or tensors, one or a list of one kind and shape.
+
+    Args:
+        image: what a user passed.
+        is_gray (`bool`): whether the model's pictures are, so that an array needs no channels.
+    """
+    items = image if isinstance(image, list) else [image]
+    if not items:
+        raise ValueError("`image` is an empty list: pass at least one picture.")
+    kind = next((kind for kind in (PIL.Image.Image, np.ndarray, torch.Tensor) if isinstance(items[0], kind)), None)
+    if kind is None or not all(isinstance(item, kind) for item in items):
+        raise ValueError(
+            "`image` is in incorrect format: pass a PIL picture, an array or a tensor, or a list of one kind."
+        )
+    for item in [] if kind is PIL.Image.Image else items:
+        dims = (2, 3, 4) if is_gray else (3, 4)
+        if item.ndim not in dims or 0 in item.shape or item.shape != items[0].shape:
+            raise ValueError(
+                f"`image` holds a shape of {tuple(item.shape)}: pass pictures, or arrays of pictures, of one size."
+            )
+        if kind is np.ndarray:
+            is_real = item.dtype.kind == "f"
+        else:
+            is_real = item.is_floating_point() and item.layout == torch.strided and not item.is_meta
+        if not is_real:
+            raise ValueError(f"`image` holds {item.dtype}: pass real numbers in [0, 1], divide an 8-bit image by 255.")
 
 
 class PriorInputsMixin:
@@ -90,8 +116,7 @@ class PriorInputsMixin:
                 picture of more than 8 bits per channel, 50 megapixels, or sides of 50 to 1.
         """
         latent_shape = self._latent_shape(height, width)
-        if isinstance(image, list) and not image:
-            raise ValueError("`image` is an empty list: pass at least one picture.")
+        check_image(image, is_gray=self.image_processor.config.do_convert_grayscale)
         if torch.is_tensor(image) and (
             tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
         ):

@@ -4,6 +4,10 @@ import time
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
 
 
 def drain_process_group() -> None:
@@ -21,4 +25,10 @@ def drain_process_group() -> None:
 def end_together(accelerator: Accelerator) -> None:
     """Ends the trackers and the process group; the last call of a command."""
     drain_process_group()
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # each has errors of its own, and the work is done
+            logger.warning(f"{tracker.name} could not be finished: {error}")
+    accelerator.trackers = []
     accelerator.end_training()

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
-from .arguments import check_numbers, check_sizes
+from .arguments import check_choice, check_numbers, check_sizes, check_switches
 from .layers import (
     DoDRotaryEmbedding,
     DoDTransformerBlock,
@@ -188,8 +188,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             ("qk_norm", qk_norm, ("layer_norm", "rms_norm", None)),
             ("adaln_type", adaln_type, ("low_rank", "full")),
         ):
-            if value not in choices:
-                raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
+            check_choice(name, value, choices)
         check_sizes(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -210,6 +209,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         )
         check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta, noise_scale=noise_scale)
         check_numbers(timestep_scale=timestep_scale, timestep_offset=timestep_offset)
+        check_switches(x_prediction=x_prediction)
         self.out_channels = in_channels if out_channels is None else out_channels
         if x_prediction and (prediction_type != "flow" or self.out_channels != in_channels):
             raise ValueError("`x_prediction` needs `prediction_type='flow'` and no `out_channels` of its own.")

@@ -1,19 +1,20 @@
 """`diffusers-dod convert`: a checkpoint's file or folder becomes a whole pipeline."""
 
+import os
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
-from helpers import tiny_vae
+from helpers import tiny_pipeline, tiny_vae
 from original_models import diffusers_dit, load_original, relative_error
 from safetensors.torch import save_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.conversion import convert_backbone
 from diffusers_dod.conversion.__main__ import main
-from diffusers_dod.conversion.converting import imagenet_labels
+from diffusers_dod.conversion.converting import imagenet_labels, save_pipeline
 
 
 def assert_same_weights(model, other):
@@ -175,6 +176,19 @@ def test_refusals(tmp_path, capsys):
     message = refused(capsys, "dit", path, output, *heads, "--vae", tmp_path / "vae")
     assert "8 channels but the transformer takes 4" in message
     assert not output.exists()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o027, 0o077], ids=oct)
+def test_the_folder_has_the_rights_of_the_user_s_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_pipeline(tiny_pipeline(), tmp_path / "output")
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "output", tmp_path / "output" / "transformer"]
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o777 & ~umask] * 2
+    assert (tmp_path / "output" / "model_index.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_imagenet_labels():

@@ -5,6 +5,7 @@ Needs Debian's package chromium and the extra `test`; without them these tests a
 
 import base64
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -421,6 +422,36 @@ def test_a_space_would_start_this_with_the_gradio_that_was_tested():
     assert (EXAMPLES / "space" / front_matter["app_file"]).is_file()
     # What the Hub takes
     assert len(front_matter["short_description"]) <= 60
+
+
+RUDE = {
+    "a class that is none": (0, True),
+    "no stages": (3, None),
+    "no steps": (5, None),
+    "guidance of NaN": (9, float("nan")),
+    "guidance of True": (9, True),
+    "no guidance": (10, None),
+}
+
+
+@pytest.mark.parametrize("name", RUDE)
+def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name):
+    """What gradio itself lets through."""
+    config = httpx.get(f"{address}/config").json()
+    function = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
+    data = [1, 1, False, 2, None, *[2] * 4, *[1.5] * 4]
+    data[RUDE[name][0]] = RUDE[name][1]
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": name})
+    httpx.post(f"{address}/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
+    shown = []
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params={"session_hash": name}, timeout=60) as events:
+        for line in events.iter_lines():
+            event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+            shown += [event["output"]] if "output" in event else []
+            if event.get("msg") == "process_completed":
+                break
+    assert event["success"] and 'role="alert"' in str(shown)
+    assert "<figure>" not in str(shown)  # nothing takes the place of the last result
 
 
 def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(address):

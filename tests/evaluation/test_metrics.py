@@ -112,6 +112,21 @@ def test_too_few_for_their_neighbours():
         precision_recall(normal(3, 4, seed=1), normal(30, 4, seed=2))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("metric", [precision_recall, density_coverage, kernel_distance])
+def test_too_few_are_refused_and_have_no_figure(metric, count):
+    few, many = normal(count, 4, seed=1), normal(30, 4, seed=2)
+    for pair in ((few, many), (many, few))[metric is density_coverage and count == 1 :]:  # which counts single samples
+        with pytest.raises(ValueError, match="evaluate at least"):
+            metric(*pair)
+
+
+@pytest.mark.parametrize("metric", [precision_recall, density_coverage, kernel_distance])
+def test_features_of_two_networks_are_refused(metric):
+    with pytest.raises(ValueError, match="one network's"):
+        metric(normal(30, 4, seed=1), normal(30, 5, seed=2))
+
+
 def test_kernel_distance_is_the_unbiased_mmd():
     """Taken whole, it is the sum over pairs of the cubic kernel."""
     samples, reference = normal(20, 4, seed=7), normal(20, 4, seed=8, shift=0.5)

@@ -20,7 +20,7 @@ from diffusers_dod.cli import BadInput
 from diffusers_dod.evaluation import ImageSet
 from diffusers_dod.evaluation.__main__ import main as evaluate
 from diffusers_dod.evaluation.sample import main, parse_args
-from diffusers_dod.evaluation.sampling import class_of
+from diffusers_dod.evaluation.sampling import class_of, write_npz
 from diffusers_dod.hub import check_folder
 from diffusers_dod.hub.card import build_card
 
@@ -111,6 +111,21 @@ def test_npz_holds_the_pictures_and_their_classes(drawn):
         assert np.array_equal(arrays["arr_0"][index], picture)
     assert arrays["arr_1"].tolist() == [index % 5 for index in range(40)]  # 8 of each
     assert not np.array_equal(arrays["arr_0"], np.load(drawn / "stage-1.npz")["arr_0"])
+
+
+@pytest.mark.parametrize("size", [(8, 9), (9, 8), (4, 4), (16, 16), (1, 64), None], ids=str)
+def test_npz_takes_pictures_of_one_size_only(size, tmp_path):
+    """The same number of pixels is another size too."""
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for path in paths:
+        PIL.Image.new("RGB", (8, 8)).save(path)
+    if size is None:
+        paths[1].write_bytes(paths[1].read_bytes()[:20])
+    else:
+        PIL.Image.new("RGB", size).save(paths[1])
+    with pytest.raises(BadInput, match="1.png"):
+        write_npz(tmp_path / "stage-2.npz", paths, [0, 1, 2])
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_lies_there_is_not_drawn_again(model, drawn, tmp_path):

@@ -70,6 +70,38 @@ def test_a_named_damaged_checkpoint_and_a_run_without_a_whole_one_are_one_line(r
         train_model([*command, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_later_checkpoint_is_not_called_an_earlier_step(run, steps, capsys):
+    whole, argv = run
+    before = (whole / "training_config.json").read_text()
+    assert main([*argv, "--max_train_steps", str(steps)]) == 2
+    assert f"checkpoint-6 is of a later step than --max_train_steps {steps}" in capsys.readouterr().err
+    assert (whole / "training_config.json").read_text() == before
+
+
+LINKS = {
+    "a linked checkpoint": lambda folder, whole: (folder / "checkpoint-2").symlink_to(whole / "checkpoint-2"),
+    "a link to nowhere": lambda folder, whole: (folder / "checkpoint-3").symlink_to("nowhere"),
+    "a file": lambda folder, whole: (folder / "checkpoint-3").write_text("no folder"),
+    "an unfinished one that is a link": lambda folder, whole: (folder / "tmp-checkpoint-3").symlink_to(whole),
+    "an unfinished one that is a file": lambda folder, whole: (folder / "tmp-checkpoint-3").write_text(""),
+    "a linked model": lambda folder, whole: (folder / "transformer").symlink_to(whole / "transformer"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_and_files_in_the_place_of_folders_do_not_end_a_run(run, tmp_path, name):
+    whole, argv = run
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    LINKS[name](tmp_path / "run", whole)
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    assert main([*command, "--checkpoints_total_limit", "1"]) == 0
+    assert_equal_tensors(weights(tmp_path / "run"), weights(whole))
+    # What links led to is as it was.
+    assert what_is_damaged(whole / "checkpoint-2") is None and (whole / "transformer" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-6"]
+
+
 class Bomb:
     def __init__(self, file):
         self.file = file

@@ -15,7 +15,7 @@ from ..presets import PRESETS
 from .sources import SOURCES
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod convert", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
     add("source", choices=SOURCES, help="whose checkpoint it is; REPA's and REPA-E's SiT are sit")
@@ -35,7 +35,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--vae", help=vae)
     add("--vae_subfolder", help="where in it")
     add("--latents_stats", type=Path, help="file of the latents' mean and deviation, of LightningDiT or REPA-E")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def convert_file(argv: list[str]) -> None:

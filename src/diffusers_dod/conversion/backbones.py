@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import check_choice, check_count, check_numbers
 from ..transformer_dod import DoDTransformer2DModel
 from .diffusers_layout import convert_diffusers_dit
 from .original_layout import convert_original, join_decoder_blocks
@@ -48,10 +49,15 @@ def convert_checkpoint(
     noise_scale: float | None = None,
 ) -> ConvertedBackbone:
     """[`convert_backbone`] with notes on what was found, and by default the published head count of the width."""
-    if source not in SOURCES:
-        raise ValueError(f"`source` is {source!r}; use {' or '.join(map(repr, SOURCES))}.")
-    if noise_scale is not None and source != "jit":
-        raise ValueError(f"`noise_scale` is JiT's: {source} has noise of standard deviation 1.")
+    check_choice("source", source, SOURCES)
+    sizes = {"num_attention_heads": num_attention_heads, "sample_size": sample_size, "in_channels": in_channels}
+    for name, value in sizes.items():
+        if value is not None:
+            check_count(name, value)
+    if noise_scale is not None:
+        check_numbers(0, noise_scale=noise_scale)
+        if source != "jit":
+            raise ValueError(f"`noise_scale` is JiT's: {source} has noise of standard deviation 1.")
     tensors, path = find_state_dict(state_dict, ANCHORS)
     notes = [] if path is None else [f"nested under {path!r}"]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -94,12 +93,12 @@ def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
     """Saves under another name first, so that `output` is whole or absent."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        partial = output.with_name(f".{output.name}-{os.getpid()}")
+        partial.mkdir()  # with the rights that the user's umask gives, unlike a folder of tempfile
     except OSError as error:
         raise BadInput(f"{output} cannot be written: {error}.") from error
     try:
         pipeline.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's is for its owner only
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial)

@@ -19,7 +19,7 @@ import sys
 from ..cli import BadInput, Parser, number, run
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod cache", description=__doc__)
     positive, switch = number(int, 1), argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
@@ -43,7 +43,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--output_dir", required=True, help="folder of the cache")
     add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type of the stored numbers")
     add("--shard_size", type=positive, default=2048, help="images per shard, the most that an interruption loses")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise BadInput("give either --train_data_dir or --dataset_name")
     if args.train_data_dir is not None:

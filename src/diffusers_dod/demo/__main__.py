@@ -11,14 +11,18 @@ import sys
 from ..cli import BadInput, Parser, bad_input, run
 
 
-def show(argv: list[str]) -> None:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod demo", description=__doc__)
     parser.add_argument(
         "--model",
         default=os.environ.get("DOD_MODEL"),
         help="folder or repository of the Hub; default: what the environment variable DOD_MODEL names, as in a Space",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def show(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
     if args.model is None:
         raise BadInput("no model: pass --model, or set DOD_MODEL to a folder or a repository of the Hub")
     try:

@@ -93,6 +93,9 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     ) -> Iterator:
         if random_seed or seed is None:
             seed = random.randint(0, MAX_SEED)
+        if num_stages is None:
+            yield message("Choose the number of stages."), gr.skip(), gr.skip(), gr.skip()
+            return
         # A field that was emptied is None, which the pipeline refuses with a message.
         steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
         drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, scales, picture, source)

@@ -21,7 +21,7 @@ from ..cli import Parser, bad_input, number, run
 from .names import METRICS
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod evaluate", description=__doc__)
     add = parser.add_argument
     add("--samples", required=True, help="what to evaluate")
@@ -36,6 +36,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of subsets and splits")
     add("--output", help="JSON to write; printed in any case")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if {"is", "kid"} & set(args.metrics) and importlib.util.find_spec("torchmetrics") is None:
         parser.error("--metrics is and kid need torchmetrics: `pip install torchmetrics`")
@@ -46,13 +51,15 @@ def report(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from ..files import write_json
+    from ..files import check_writable, write_json
     from .extractors import InceptionExtractor, TransformersExtractor
     from .images import ImageSet
     from .report import evaluate, extract_features
 
     with bad_input(ValueError, OSError, ImportError):
         # 1. Images and network
+        if args.output:
+            check_writable(args.output)
         settings = json.loads(Path(args.settings).read_text(encoding="utf-8")) if args.settings else {}
         samples, reference = (ImageSet(source, args.resolution) for source in (args.samples, args.reference))
         if args.extractor == "inception":

@@ -18,8 +18,15 @@ class FeatureStatistics(NamedTuple):
 
 
 def check_features(*features: torch.Tensor) -> None:
-    """Refuses features that are not finite, of which no figure would mean anything."""
+    """Refuses features that are none, of two networks, or not finite, of which no figure would mean anything."""
+    widths = {values.shape[1:] for values in features}
+    if len(widths) > 1 or any(values.ndim != 2 for values in features):
+        raise ValueError(
+            f"The features are {' and '.join(str(tuple(each.shape)) for each in features)}: one network's?"
+        )
     for values in features:
+        if not len(values):
+            raise ValueError("There are no samples: evaluate at least 2.")
         if not torch.isfinite(values).all():
             raise ValueError("The features hold NaN or infinite values: look at the images and the extractor.")
 
@@ -82,6 +89,8 @@ def kernel_distance(
 
     check_features(samples, reference)
     size = min(subset_size, len(samples), len(reference))
+    if size < 2:
+        raise ValueError(f"Subsets of {size} have no kernel distance: evaluate at least 2 samples.")
     metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=subsets, subset_size=size)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)

@@ -15,7 +15,7 @@ import sys
 from ..cli import Parser, number, run
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod probe", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a saved DoD pipeline, or a repository of the Hub")
@@ -26,13 +26,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the split and of the untrained embedder")
     add("--output", help="JSON to write; printed in any case")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def report(args: argparse.Namespace) -> None:
-    from ..files import write_json
+    from ..files import check_writable, write_json
     from .probing import probe
 
+    if args.output:
+        check_writable(args.output)
     record = probe(args)
     print(json.dumps(record, indent=2))
     if args.output:

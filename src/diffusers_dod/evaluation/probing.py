@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..autoencoding import encode_images
-from ..cli import bad_input
+from ..cli import BadInput, bad_input
 from ..data.images import collate_images, load_labelled_images
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..pipeline_dod import DoDPipeline
@@ -98,6 +98,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         kept = len(labels) * 4 // 5
         test = {name: values[kept:] for name, values in features.items()}, labels[kept:]
         features, labels = {name: values[:kept] for name, values in features.items()}, labels[:kept]
+
+    if len(labels) < 2 or not len(test[1]):
+        raise BadInput(f"{len(labels)} images to train on and {len(test[1])} to test on are too few for a probe")
 
     # 2. Probes
     scores = {}

@@ -17,7 +17,7 @@ from ..cli import Parser, number, run
 from .stages import settle_stages
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod sample", description=__doc__)
     positive, real = number(int, 1), number(float, float("-inf"))
     add = parser.add_argument
@@ -27,7 +27,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--output_dir", required=True, help="folder of the images")
     add("--classes", choices=("balanced", "random"), default="balanced", help="equally many of each, or at random")
     add("--batch_size", type=positive, default=64, help="images per process at a time")
-    add("--num_stages", type=positive, help="stages to run; default: 2, or 1 from codes")
+    add("--num_stages", type=number(int, 1, 1000), help="stages to run; default: 2, or 1 from codes")
     source = "where the first prior comes from; default: codes where there is a code model"
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
@@ -44,7 +44,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the transformer's blocks")
     add("--npz", action=argparse.BooleanOptionalAction, default=False, help="write ADM's .npz at the end")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     if args.num_stages is not None:
         settle_stages(args)
     return args

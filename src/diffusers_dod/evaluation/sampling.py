@@ -47,15 +47,33 @@ def save_image(image: PIL.Image.Image, path: Path) -> None:
     unfinished.replace(path)
 
 
+def _size(path: Path) -> tuple[int, int]:
+    with bad_input(OSError, what=str(path)), PIL.Image.open(path) as image:
+        return image.size
+
+
 def write_npz(path: Path, images: list[Path], classes: list[int]) -> None:
-    """Streams the images into an `.npz`, so that 50,000 of them need no memory."""
-    shape = (len(images), *np.asarray(PIL.Image.open(images[0]).convert("RGB")).shape)
+    """Streams the images into an `.npz`, so that 50,000 of them need no memory.
+
+    Raises:
+        BadInput: naming a picture of another size, of which the file's header could not tell.
+    """
+    sizes = {image: _size(image) for image in images}
+    width, height = sizes[images[0]]
+    for image, size in sizes.items():
+        if size != (width, height):
+            raise BadInput(
+                f"{image} is {size[0]}x{size[1]} and {images[0].name} is {width}x{height}: delete what is wrong"
+            )
+    shape = (len(images), height, width, 3)
     with whole_file(path) as file_name, zipfile.ZipFile(file_name, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for image in tqdm(images, desc=path.name):
-                file.write(np.asarray(PIL.Image.open(image).convert("RGB")).tobytes())
+                with bad_input(OSError, what=str(image)):
+                    pixels = np.asarray(PIL.Image.open(image).convert("RGB"))
+                file.write(pixels.tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.array(classes))
 

@@ -13,7 +13,7 @@ import sys
 from ..cli import BadInput, Parser, run
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="list what is missing or wrong, upload nothing")
@@ -31,7 +31,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--variant", choices=("fp16", "bf16"), help="upload half-precision weights as well")
     add("--no-code", action="store_false", dest="include_code", help="leave out the code that diffusers alone needs")
     add("--dry_run", action="store_true", help="print what would be uploaded")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def check_or_push(argv: list[str]) -> int:

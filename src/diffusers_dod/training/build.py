@@ -277,11 +277,12 @@ def freeze(args: argparse.Namespace, subject: Subject) -> None:
 def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     adam["weight_decay"] = args.adam_weight_decay
-    if args.optimizer == "adamw_8bit":
-        import bitsandbytes
+    with bad_input(ValueError, what="optimizer"):  # a decay of 1
+        if args.optimizer == "adamw_8bit":
+            import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=args.optimizer == "adamw_fused" or None, **adam)
+            return bitsandbytes.optim.AdamW8bit(parameters, **adam)
+        return torch.optim.AdamW(parameters, fused=args.optimizer == "adamw_fused" or None, **adam)
 
 
 def export_pipeline(

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 
 from ..cli import CommandError, first_line
-from ..files import file_sha256
+from ..files import file_sha256, remove
 from .averaging import WeightAverages, fill_tensors, full_tensors
 from .guard import StepGuard
 from .results import CONFIG_NAME
@@ -99,6 +99,11 @@ def find_checkpoint(
         raise ValueError(f"{checkpoint} is missing or not a checkpoint of this trainer (no {CONFIG_NAME}).") from error
     if resume_from != "auto" and (damage := what_is_damaged(checkpoint)) is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): name an older one")
+    if step > config["max_train_steps"]:  # else its weights would be called those of an earlier step
+        raise ValueError(
+            f"{checkpoint} is of a later step than --max_train_steps {config['max_train_steps']}: train longer, choose another "
+            "--output_dir, or name an earlier checkpoint with --resume_from_checkpoint"
+        )
     differing = [
         f"{key} ({str(saved.get(key))[:60]} there, {str(config.get(key))[:60]} here)"
         for key in sorted(saved.keys() | config.keys())
@@ -223,7 +228,7 @@ def save_checkpoint(
 
     if is_main:
         for leftover in Path(output_dir).glob("tmp-checkpoint-*"):
-            shutil.rmtree(leftover)
+            remove(leftover)
     accelerator.wait_for_everyone()
     for work in (write, flush):
         problem = None
@@ -255,7 +260,7 @@ def save_checkpoint(
         for checkpoint in older[:surplus]:
             rubbish.append(checkpoint.rename(Path(output_dir, f"tmp-{checkpoint.name}")))
         for folder in rubbish:
-            shutil.rmtree(folder)
+            remove(folder)
     accelerator.wait_for_everyone()
 
 

@@ -122,7 +122,10 @@ class CodeTraining:
         size = pipeline.transformer.config.sample_size
         if not isinstance(size, int):
             raise BadInput(f"the model is for latents of {size}, but images are square here")
-        args.resolution = args.resolution or size * pipeline.spatial_factor
+        own_resolution = size * pipeline.spatial_factor
+        if args.resolution not in (None, own_resolution):
+            raise BadInput(f"--resolution {args.resolution}: the model's codes are of images of {own_resolution}")
+        args.resolution = own_resolution
         resolve_objective(args)
         data = load_data(args, accelerator)
         num_classes = pipeline.transformer.config.num_classes
@@ -134,6 +137,8 @@ class CodeTraining:
         order = torch.randperm(len(codes), generator=step_generator(args.seed, 0))
         num_held_out = int(args.held_out * len(codes))
         held_out, kept = order.split([num_held_out, len(codes) - num_held_out])
+        if not len(kept):
+            raise BadInput(f"--held_out {args.held_out} leaves none of {len(codes)} images to train on")
         embedder = pipeline.latent_embedder.to("cpu")
         set_statistics(embedder, codes[kept])
         normalized = embedder.normalize_codes(codes.flatten(0, 1), size, size).unflatten(0, codes.shape[:2])

@@ -49,7 +49,7 @@ from .results import begin_run, describe_result, finished_steps, lock_folder, ru
 from .step import GradientStep, StepSums, TrainingModule, draw_step, losses
 from .stopping import StopRequest
 from .tracking import log_values
-from .validation import build_evaluation, draw_grid
+from .validation import build_evaluation, validate
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -210,9 +210,7 @@ def train(
             pushes = args.hub_push_checkpoints and checkpoints
             sampler = averaged_pipeline(accelerator, subject, averages) if validates or pushes else None
             if sampler is not None and validates:
-                draw_grid(sampler, accelerator, args, step)
-                if evaluation is not None:
-                    log_values(accelerator, evaluation(sampler), step)
+                validate(sampler, evaluation, accelerator, args, step)
             if sampler is not None and push is not None and pushes:
                 push.submit(partial(save_for_push, sampler, {**config, "step": step}, args.output_dir))
 

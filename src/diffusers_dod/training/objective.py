@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from diffusers import DDPMScheduler
 
+from ..arguments import check_count, check_instance, check_rows, check_shares, shown
+
 
 class DiffusionExample(NamedTuple):
     """A batch to denoise: `noisy` and `target` are `(batch, channels, height, width)`, `timesteps` is `(batch,)`."""
@@ -55,7 +57,15 @@ def drop_labels(
         num_classes (`int`): the model's classes.
         probability (`float`): in [0, 1].
         draws (`torch.Tensor`, *optional*): `(batch,)`, uniform in [0, 1); drawn here by default.
+
+    Raises:
+        ValueError: for arguments that are something else.
     """
+    check_rows((None,), integers=True, class_labels=class_labels)
+    check_count("num_classes", num_classes, least=0)
+    check_shares(probability=probability)
+    if draws is not None:
+        check_rows(tuple(class_labels.shape), draws=draws)
     if draws is None:
         draws = torch.rand(class_labels.shape, device=class_labels.device)
     return torch.where(draws < probability, num_classes, class_labels)
@@ -71,7 +81,13 @@ def count_prior_rows(batch_size: int, prior_drop: float, generator: torch.Genera
         batch_size (`int`): rows of the batch.
         prior_drop (`float`): share of rows without a prior, in [0, 1].
         generator (`torch.Generator`, *optional*): a CPU generator.
+
+    Raises:
+        ValueError, TypeError: for arguments that are something else.
     """
+    check_count("batch_size", batch_size)
+    check_shares(prior_drop=prior_drop)
+    check_instance("generator", generator, torch.Generator, type(None))
     expected = batch_size * (1 - prior_drop)
     count = int(expected)
     return count + int(torch.rand((), generator=generator).item() < expected - count)
@@ -85,7 +101,13 @@ def flow_example(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tenso
     Args:
         latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
         sigmas (`torch.Tensor`): `(batch,)` in [0, 1], 1 is noise.
+
+    Raises:
+        ValueError: for tensors of other shapes or types.
     """
+    check_rows((None,) * 4, latents=latents)
+    check_rows(tuple(latents.shape), noise=noise)
+    check_rows((len(latents),), sigmas=sigmas)
     sigma = sigmas.to(latents.dtype).view(-1, 1, 1, 1)
     return DiffusionExample((1 - sigma) * latents + sigma * noise, 1000 * sigmas, noise - latents)
 
@@ -99,7 +121,14 @@ def ddpm_example(
         latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
         timesteps (`torch.Tensor`): `(batch,)` of integers below `num_train_timesteps`.
         noise_scheduler (`DDPMScheduler`): of prediction type `"epsilon"`, `"v_prediction"` or `"sample"`.
+
+    Raises:
+        ValueError, TypeError: for tensors of other shapes or types, and for another scheduler.
     """
+    check_rows((None,) * 4, latents=latents)
+    check_rows(tuple(latents.shape), noise=noise)
+    check_rows((len(latents),), integers=True, timesteps=timesteps)
+    check_instance("noise_scheduler", noise_scheduler, DDPMScheduler)
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "epsilon":
@@ -138,7 +167,29 @@ def dod_loss(
             noise at the embedder's bottleneck, `(batch, tokens, bottleneck_dim)`, see [`DoDLatentEmbedder`].
         hidden_states_layer (`int`, *optional*):
             Returns the transformer's hidden states after that many blocks, for [`repa_loss`].
+
+    Raises:
+        ValueError, TypeError: for tensors of other shapes or types, and for what is no model.
     """
+    check_instance("transformer", transformer, nn.Module)
+    check_instance("latent_embedder", latent_embedder, nn.Module, type(None))
+    check_instance("example", example, DiffusionExample)
+    check_rows((None,) * 4, latents=latents)
+    batch_size = len(latents)
+    check_rows(tuple(latents.shape), noisy=example.noisy, target=example.target)
+    if not torch.is_tensor(example.timesteps) or example.timesteps.shape != (batch_size,):
+        raise ValueError(
+            f"`timesteps` of the example is {shown(example.timesteps)}; it must be a tensor of ({batch_size},)."
+        )
+    check_rows((batch_size,), integers=True, class_labels=class_labels)
+    if not isinstance(num_prior_rows, int) or not 0 <= num_prior_rows <= batch_size:
+        raise ValueError(f"`num_prior_rows` is {shown(num_prior_rows)}; it must be an integer from 0 to {batch_size}.")
+    if weighting is not None:
+        check_rows((batch_size,), weighting=weighting)
+    if code_noise is not None:
+        check_rows((None,) * 3, code_noise=code_noise)
+    if hidden_states_layer is not None:
+        check_count("hidden_states_layer", hidden_states_layer)
     prior_tokens = None
     if num_prior_rows and latent_embedder is not None:
         noise = None if code_noise is None else code_noise[:num_prior_rows]

@@ -166,7 +166,7 @@ def add_output_options(parser: Parser) -> None:
     )
 
 
-def build_parser(description: str) -> Parser:
+def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="diffusers-dod train", description=description)
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser)
@@ -209,7 +209,7 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
 
     try:
         recipe = load_recipe(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"--recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(recipe or {}, dict):
         raise BadInput(f"--recipe {path} must hold options, one `name: value` per line")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..arguments import check_rows, check_sizes
 from ..data.features import REPAEncoder
 
 
@@ -33,6 +34,7 @@ class REPAProjector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048):
         super().__init__()
+        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim)
         self.layers = nn.Sequential(
             *(nn.Linear(in_dim, hidden_dim), nn.SiLU()),
             *(nn.Linear(hidden_dim, hidden_dim), nn.SiLU()),
@@ -59,9 +61,10 @@ def repa_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if their shapes differ.
     """
+    check_rows((None,) * 3, projected=projected, features=features)
     if projected.shape != features.shape:
         raise ValueError(
-            f"Hidden states project to {tuple(projected.shape)} but the features are {tuple(features.shape)}: encode "
+            f"`projected` is {tuple(projected.shape)} but the features are {tuple(features.shape)}: encode "
             "them for the transformer's token grid, and give the projector their width."
         )
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()

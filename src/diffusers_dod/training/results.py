@@ -11,9 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from ..cli import BadInput, first_line
-from ..files import write_json
+from ..cli import BadInput, CommandError, first_line
+from ..files import remove, write_json
 from ..hub.push import find_stage_grid
 from ..pipeline_dod import DoDPipeline
 from .build import Subject
@@ -90,16 +91,35 @@ def finished_steps(output_dir: str) -> int | None:
         raise BadInput(f"{path} is damaged ({first_line(error)}): delete it, and the run resumes") from error
 
 
+class PipelineNotWritten(CommandError):
+    """The training is done, but its pipeline is not in its place."""
+
+    met_by_all = False
+
+
 def save_result(pipeline: DoDPipeline, output_dir: str, config: dict[str, Any]) -> None:
-    """Puts the pipeline into the run's folder part by part, and last the note that it is that of the last step."""
+    """Puts the pipeline into the run's folder part by part, and last the note that it is that of the last step.
+
+    Raises:
+        PipelineNotWritten: for instance to a full disk.
+    """
+    try:
+        _place_pipeline(pipeline, output_dir, config)
+    except (OSError, SafetensorError) as error:
+        raise PipelineNotWritten(
+            f"the pipeline could not be written to {output_dir} ({first_line(error)}); its last checkpoint is whole: make room "
+            "and repeat the command"
+        ) from error
+
+
+def _place_pipeline(pipeline: DoDPipeline, output_dir: str, config: dict[str, Any]) -> None:
     unfinished = Path(output_dir, "tmp-pipeline")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    remove(unfinished)
     pipeline.save_pretrained(unfinished)
     for part in sorted(unfinished.iterdir(), key=lambda path: path.name == DoDPipeline.config_name):
         place = Path(output_dir, part.name)
         if place.is_dir():
-            shutil.rmtree(place)
+            remove(place)
         part.replace(place)
     unfinished.rmdir()
     write_json(Path(output_dir, CONFIG_NAME), {**config, "step": config["max_train_steps"]})

@@ -18,7 +18,7 @@ from ..cli import Parser, json_object, run
 from ..presets import PRESETS
 from .options import (
     FRACTION,
-    INTEGER,
+    POSITIVE,
     SWITCH,
     Merge,
     add_data_options,
@@ -52,7 +52,7 @@ UNUSED = {
 }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod train-codes", description=__doc__)
     parser.add_argument("pipeline", help="the DoD pipeline, a folder or a repository of the Hub")
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
@@ -66,7 +66,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_time_options(add)
     held_out = "share of the images that are held out to tell whether the model copies"
     add("--held_out", type=FRACTION, default=0.05, help=held_out)
-    add("--encoding_batch_size", type=INTEGER, default=256, help="images per forward of the embedder")
+    add("--encoding_batch_size", type=POSITIVE, default=256, help="images per forward of the embedder")
     add_optimisation_options(parser, images=False)
     add_output_options(parser)
     parser.set_defaults(
@@ -77,7 +77,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         lr_warmup_steps=100,
         ema_decay=[0.999],
     )
-    args = parse_with_recipe(parser, argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    args = parse_with_recipe(build_parser(), argv)
     check_options(args)
     return args
 

@@ -14,6 +14,7 @@ from ..evaluation import ImageSet, InceptionExtractor, TransformersExtractor, ev
 from ..pipeline_dod import DoDPipeline
 from ..randomness import row_generators
 from ..viz import stage_grid
+from .tracking import log_image, log_values
 
 
 logger = get_logger(__name__)
@@ -37,9 +38,7 @@ def draw_grid(pipeline: DoDPipeline, accelerator: Accelerator, args: argparse.Na
         grid.save(path)
     except OSError as error:
         logger.warning(f"{path} could not be written: {first_line(error)}. Training continues.")
-    for tracker in accelerator.trackers:
-        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": np.array(grid)[None]}, step=step, **options)
+    log_image(accelerator, "samples", grid, step)
 
 
 class _Drawn:
@@ -92,6 +91,22 @@ class TrainingEvaluation:
             for result in evaluate(features, self.reference, self.reference_features, str(self.extractor.label)):
                 metrics[f"evaluation/{result['metric']}_stage_{number}"] = result["value"]
         return metrics
+
+
+def validate(
+    pipeline: DoDPipeline,
+    evaluation: TrainingEvaluation | None,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    step: int,
+) -> None:
+    """Draws the grid, and measures where asked for; of a model that diverged there is a warning."""
+    try:
+        draw_grid(pipeline, accelerator, args, step)
+        if evaluation is not None:
+            log_values(accelerator, evaluation(pipeline), step)
+    except ValueError as error:  # results that are not finite
+        logger.warning(f"There are no samples of step {step}: {first_line(error)} Training continues.")
 
 
 def build_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> TrainingEvaluation | None:

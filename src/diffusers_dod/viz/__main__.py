@@ -19,20 +19,24 @@ from ..cli import Parser, bad_input, number, run
 MAX_COLUMNS = 10
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod viz", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
     add("--model", required=True, help="folder or repository of the Hub")
     add("--output_dir", type=Path, required=True, help="folder of the pictures")
     add("--classes", nargs="+", help=f"ids or names; default: the first {MAX_COLUMNS}")
-    add("--num_stages", type=positive, help="stages to run; default: 3, or 2 from codes")
+    add("--num_stages", type=number(int, 1, 1000), help="stages to run; default: 3, or 2 from codes")
     source = "where the first prior comes from; default: codes where there is a code model"
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")
     add("--guidance_scale", type=number(float, float("-inf")), default=1.0, help="class guidance of every stage")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
     add("--logs", type=Path, help="the `logs` folder of the training run; default: no curves")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def choose_classes(pipe: Any, names: list[str] | None) -> list[int | None]:
