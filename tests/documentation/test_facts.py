@@ -14,7 +14,8 @@ import diffusers_dod
 ROOT = Path(__file__).parents[2]
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("model_card.md",)]
 SOURCES = [path for top in ("src", "examples", "study", "benchmarks") for path in ROOT.glob(f"{top}/**/*.py")]
-CELL = re.compile(r'\[(yes|refused|used|ignored|saves|loads and saves)\]\(\.\./(tests/[\w/]+\.py) "([^"]+)"\)( [¹²])?')
+# What a cell of docs/support.md says of a combination that has a test
+WORDS = {"yes", "refused", "used", "ignored", "saves", "loads and saves"}
 
 
 def without_code(text: str) -> str:
@@ -102,32 +103,37 @@ class Collection:
         self.names = [item.nodeid for item in session.items]
 
 
-def test_every_cell_of_the_support_matrix_names_a_test():
-    page = re.sub("<!-- benchmarks/.*?<!-- end -->", "", (ROOT / "docs/support.md").read_text(), flags=re.DOTALL)
-    rows = [row for row in page.splitlines() if row.startswith("| ")]
-    named = set()
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
-        for cell in cells:
-            if CELL.fullmatch(cell):
-                named.add("::".join(CELL.fullmatch(cell).group(2, 3)))
-            else:
-                # A head, nothing, or what is said to be untested
-                assert cell in ("", "no") or "](" not in cell and row in heads(rows), (row, cell)
-    assert len(named) > 100
+def support_cells() -> dict[tuple[str, str, str], str]:
+    """The cells of docs/support.md by heading, row and column, in the tables whose cells `support.yaml` has tests for."""
+    cells, tests = {}, yaml.safe_load((ROOT / "tests/documentation/support.yaml").read_text())
+    for section in (ROOT / "docs/support.md").read_text().split("\n## ")[1:]:
+        heading = section.splitlines()[0]
+        for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+            columns, _, *rows = ([cell.strip() for cell in row.strip()[1:-1].split("|")] for row in table.splitlines())
+            if any(row[0] in tests.get(heading, {}) for row in rows):
+                cells |= {
+                    (heading, row[0], column): cell for row in rows for column, cell in zip(columns[1:], row[1:])
+                }
+    return cells
+
+
+def test_every_cell_of_the_support_matrix_has_a_test():
+    tests = yaml.safe_load((ROOT / "tests/documentation/support.yaml").read_text())
+    named = {
+        (h, row, column): test for h, rows in tests.items() for row, of in rows.items() for column, test in of.items()
+    }
+    cells = support_cells()
+    told = {where for where, cell in cells.items() if cell not in ("", "untested")}
+    assert told == set(named), told ^ set(named)
+    assert len(told) > 100 and {cells[where].rstrip(" ¹²") for where in told} <= WORDS
     collection = Collection()
-    files = sorted({name.partition("::")[0] for name in named})
+    files = sorted({name.partition("::")[0] for name in named.values()})
     pytest.main(
         ["--collect-only", "--quiet", f"--rootdir={ROOT}", *(str(ROOT / file) for file in files)], [collection]
     )
     # Of a parametrized test a cell may name all
     collected = {name for test in collection.names for name in (test, test.partition("[")[0])}
-    assert named <= collected, named - collected
-
-
-def heads(rows: list[str]) -> list[str]:
-    text = (ROOT / "docs/support.md").read_text()
-    return re.findall(r"^(\|.*\|)\n\|---", text, re.MULTILINE)
+    assert set(named.values()) <= collected, set(named.values()) - collected
 
 
 def test_the_examples_of_the_docstrings_run(tmp_path, monkeypatch):
