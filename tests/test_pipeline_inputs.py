@@ -161,4 +161,12 @@ def test_size_that_only_the_embedder_cannot_cut_is_refused_before_stage_1():
     with pytest.raises(ValueError, match="multiples of 4"):
         pipe(0, height=10, width=8, num_inference_steps=1)
     assert not steps
-    pipe(0, height=10, width=8, num_stages=1, num_inference_steps=1)
+    pipe(0, height=10, width=8, num_stages=1, num_inference_steps=1, output_type="latent")
+
+
+def test_latents_without_an_autoencoder_are_no_picture():
+    with pytest.raises(
+        ValueError, match=r"its samples have 4 channels: they are latents.*output_type='latent'.*`vae=`"
+    ):
+        tiny_pipeline()(0, num_inference_steps=1)
+    assert tiny_pipeline()(0, num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
