@@ -1098,12 +1098,13 @@ def check_scheduler(
     name, predicts = scheduler.__name__, transformer.prediction_type
     cure = f"`pipe.{component} = {scheduler_cure(scheduler, config, transformer, component)}`"
     reads = scheduler_reads(scheduler, config, cure)
-    if not can_read(scheduler, predicts or reads):
+    if not can_read(scheduler, reads):
         raise ValueError(
             f"{name} cannot sample with a model that predicts {predicts or reads!r}, however it is made: use {cure}."
         )
     if predicts not in (None, reads):
-        raise ValueError(f"The transformer predicts {predicts!r} but {name} reads {reads!r}: use {cure}.")
+        never = "" if can_read(scheduler, predicts) else " and cannot be made to read that"
+        raise ValueError(f"The transformer predicts {predicts!r} but {name} reads {reads!r}{never}: use {cure}.")
     if scheduler_entries(scheduler, config).get("use_dynamic_shifting"):
         raise ValueError(
             f"{name} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not give: use {cure}, "
