@@ -212,7 +212,7 @@ JIT = LIGHTNINGDIT | {"qk_norm": "rms_norm", "in_channels": 3, "in_context_len":
     ],
 )
 def test_published_sizes(switches, patch_size, layers, width, heads, millions, count):
-    """To the parameter what the original constructors make, REPA-E's projectors aside, and what the papers round it to."""
+    """To the parameter what the original repositories' constructors make, REPA-E's projectors aside."""
     sizes = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": width // heads}
     with torch.device("meta"):
         model = DoDTransformer2DModel(patch_size=patch_size, **sizes, **switches)

@@ -10,15 +10,28 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, update_vae_attentions_ldm_to_diffusers
 
 from .tensors import CheckpointTensors, find_state_dict
 
 
 # Of a training checkpoint, what is no part of the autoencoder: its loss, VA-VAE's foundation model and projection to it
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.")
-# Attention of a level, which diffusers' conversion knows in the middle only
-LEVEL_ATTENTION = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.attn\.(\d+)\.")
+# From the original names to diffusers'. Its own `convert_ldm_vae_checkpoint` knows attention in the middle only, and neither names
+# what it does not know nor what is missing.
+RENAMES = (
+    (r"^encoder\.down\.", "encoder.down_blocks."),
+    (r"(_blocks\.\d+)\.block\.", r"\1.resnets."),
+    (r"(_blocks\.\d+)\.attn\.", r"\1.attentions."),
+    (r"(_blocks\.\d+)\.(down|up)sample\.", r"\1.\2samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+)
 
 
 def read_latents_stats(checkpoint: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -63,12 +76,12 @@ def _infer_config(tensors: CheckpointTensors) -> dict[str, Any]:
     }
 
 
-def _level_attention_names(match: re.Match, num_levels: int) -> tuple[str, str]:
-    """The parts of an original and of diffusers' name that differ."""
-    side, level, index = match.groups()
-    if side == "encoder.down":
-        return f"down.{level}.attn.{index}.", f"down_blocks.{level}.attentions.{index}."
-    return f"up.{level}.attn.{index}.", f"up_blocks.{num_levels - 1 - int(level)}.attentions.{index}."
+def _rename(name: str, num_levels: int) -> str:
+    """diffusers' name; it counts the decoder's levels from the lowest resolution up."""
+    name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up_blocks.{num_levels - 1 - int(level[1])}", name)
+    for old, new in RENAMES:
+        name = re.sub(old, new, name)
+    return name
 
 
 def convert_autoencoder(
@@ -92,19 +105,10 @@ def convert_autoencoder(
     config = _infer_config(CheckpointTensors(tensors))
     num_levels = len(config["block_out_channels"])
 
-    # 1. diffusers' names
-    level_attention = {name: match for name in tensors if (match := LEVEL_ATTENTION.match(name))}
-    renamed = convert_ldm_vae_checkpoint(
-        {name: tensor for name, tensor in tensors.items() if name not in level_attention}, config
-    )
-    for name, match in level_attention.items():
-        old, new = _level_attention_names(match, num_levels)
-        update_vae_attentions_ldm_to_diffusers([name], renamed, tensors, mapping={"old": old, "new": new})
-    # Its conversion is silent about what it does not know; what it knows shares memory with the original.
-    known = {tensor.data_ptr() for tensor in renamed.values()}
-    renamed |= {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() not in known}
-
-    # 2. The model
+    renamed = {_rename(name, num_levels): tensor for name, tensor in tensors.items()}
+    for name, tensor in renamed.items():
+        if ".attentions." in name and tensor.shape[2:] == (1, 1):
+            renamed[name] = tensor.flatten(1)  # a convolution of one pixel, a linear layer in diffusers
     with torch.device("meta"):
         sample_size = latent_size * 2 ** (num_levels - 1)
         model = AutoencoderKL(**config, **latents_stats, scaling_factor=1.0, sample_size=sample_size)
