@@ -134,7 +134,9 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. The folder
-    DoDPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float16).save_pretrained(args.output_dir)
+    DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16).save_pretrained(args.output_dir)
+    for name in ("block.py", "modular_config.json", "modular_model_index.json"):
+        (args.output_dir / name).unlink(missing_ok=True)  # these name the folder that they lie in
     pipe = DoDPipeline.from_pretrained(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
 
