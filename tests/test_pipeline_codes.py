@@ -58,6 +58,8 @@ def test_codes_are_the_default_source_where_there_is_a_code_model_and_stages_fol
     assert len(one.stages) == 1 and one.codes.shape == (2, 16, 2)
     two = sample(pipe, num_stages=2, return_stages=True)
     assert len(two.stages) == 2 and torch.equal(two.codes, one.codes)
+    # Guidance by default: 2 in the stage that starts from codes, 1.25 in the one after it
+    assert torch.equal(two.images, sample(pipe, num_stages=2, guidance_scale=[2.0, 1.25]).images)
     stages = sample(pipe, prior_source="stage", return_stages=True)
     assert len(stages.stages) == 2
     plain = tiny_pipeline(latent_embedder=pipe.latent_embedder)

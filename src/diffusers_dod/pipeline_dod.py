@@ -50,7 +50,7 @@ from .repository import DoDRepositoryMixin
 
 
 # Class guidance where a call gives none: of stage 1, of a stage after another, and of one that starts from codes.
-FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 1.25
+FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 2.0
 
 
 EXAMPLE_DOC_STRING = """
@@ -404,7 +404,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry per stage or one for all.
             guidance_scale (`float` or `list` of `float`, *optional*):
                 Strength of classifier-free guidance; 1 turns it off. One entry per stage or one for all. By default 1.5 in
-                a stage without a prior and 1.25 in one with a prior, which needs less. A guider has its own.
+                a stage without a prior, 1.25 in a stage after another, and 2 in one that starts from codes. A guider has its own.
             prior_guidance_scale (`float` or `list` of `float`, *optional*):
                 A scale of its own for the prior, at the cost of a third row per sample; `guidance_scale` is then the
                 class's alone and `guidance_drop` is not read.
