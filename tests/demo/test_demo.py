@@ -42,7 +42,7 @@ from diffusers_dod.demo.page import build, launch, model_name  # noqa: E402
 from diffusers_dod.demo.studio import NO_CLASS, Studio, class_choices  # noqa: E402
 
 
-TIMEOUT = 25_000  # milliseconds, for machines with other work to do
+TIMEOUT = 120_000  # milliseconds, for machines with other work to do
 LONG = 120  # steps, so that stages take long enough to be seen one by one
 # Notes what the page shows whenever it changes: how many pictures, and whether a progress bar.
 WATCH = """() => {

@@ -107,7 +107,10 @@ def test_the_python_draws_the_same(name, tmp_path, monkeypatch):
     if "codes" in name:
         drawing = drawing.from_codes(pipe, codes if drawing.same_codes else -codes)
         stages = outcome(pipe, drawing)[1] if not name.startswith("same") else stages
-    exec(python_code(drawing, "model", "crane", "cpu"), {})
+    names: dict = {}
+    exec(python_code(drawing, "model", "crane", "cpu"), names)
+    if drawing.codes is not None:
+        assert torch.equal(names["codes"].expand_as(drawing.codes), drawing.codes)
     drawn = {stage: images for stage, images in stages.items() if stage >= drawing.first_stage}
     for stage, images in drawn.items():
         for sample, image in enumerate(images, start=1):

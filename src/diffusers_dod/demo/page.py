@@ -31,8 +31,8 @@ STARTS = {
 ABOUT = {
     True: "Diffusion on Diffusion: a small model draws a few numbers per picture, its codes, and the picture is then drawn "
     "from them.",
-    False: "Diffusion on Diffusion: stage 1 sees the class only. Later stages start again from noise and also see codes, the few numbers that "
-    "are extracted from the picture before.",
+    False: "Diffusion on Diffusion: stage 1 sees the class only. Later stages start again from noise and also see codes, "
+    "the few numbers that are extracted from the picture before.",
 }
 HINT = {
     True: "Click a cell of the codes to draw a new code there, or drag from one cell to others to copy its code.",
@@ -93,14 +93,15 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             # Limits of the fields themselves would end in an error of gradio's in the place of the result.
             if start == "picture" and picture is None:
                 raise ValueError("Choose a picture to start from.")
-            if seed is not None and not 0 <= seed <= MAX_SEED:
+            chosen = random.randint(0, MAX_SEED) if random_seed or seed is None else seed
+            if not 0 <= chosen <= MAX_SEED:
                 raise ValueError(f"The seed must be from 0 to {MAX_SEED}.")
             # A field that was emptied is None, which the pipeline refuses with a message.
             steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
             yield from studio.results(
                 Drawing(
                     None if class_id == NO_CLASS else class_id,
-                    random.randint(0, MAX_SEED) if random_seed or seed is None else seed,
+                    chosen,
                     num_samples,
                     steps,
                     scales,
