@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
-from helpers import EXAMPLES, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from demo_models import coded_digits, digits_like
+from helpers import EXAMPLES, tiny_transformer
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
@@ -38,41 +39,29 @@ if MISSING:
 import gradio  # noqa: E402 - only where it is there
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
-from diffusers_dod.demo.drawing import Drawing, Finished, Progress, draw, open_picture  # noqa: E402
-from diffusers_dod.demo.page import NO_CLASS, class_choices, stages_html  # noqa: E402
+from diffusers_dod.demo.page import build, launch, model_name  # noqa: E402
+from diffusers_dod.demo.studio import NO_CLASS, Studio, class_choices  # noqa: E402
 
 
 TIMEOUT = 120_000  # milliseconds, for machines with other work to do
 LONG = 120  # steps, so that stages take long enough to be seen one by one
-# Notes what the page shows whenever it changes: how many stages, and whether a progress bar.
+# Notes what the page shows whenever it changes: how many pictures, and whether a progress bar.
 WATCH = """() => {
   window.seen = [];
   const look = () => window.seen.push({
     time: Date.now(),
-    stages: document.querySelectorAll('#stages img.sample').length,
-    waiting: document.querySelectorAll('#stages .sample.waiting').length,
+    pictures: document.querySelectorAll('#samples img.sample').length,
+    waiting: document.querySelectorAll('#samples .sample.waiting').length,
     progress: document.querySelector('#status progress')?.value ?? null,
   });
   new MutationObserver(look).observe(document.body, {childList: true, subtree: true, attributes: true});
 }"""
 
 
-def digits_like(**overrides):
-    """Pixel space, one channel, a scheduler with a memory, and names."""
-    components = {
-        "channels": 1,
-        "transformer": tiny_transformer(in_channels=1),
-        "latent_embedder": tiny_embedder(in_channels=1, bottleneck_dim=1),
-        "scheduler": DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-        "id2label": {0: "goose", 1: "crane", 2: "crane", 3: 'it\'s "odd" <b>&\n', 4: "n" * 200},
-    }
-    return tiny_pipeline(**components | overrides)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space") / "model"
-    digits_like().save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("space") / "tiny <b>digits"
+    coded_digits().save_pretrained(folder)
     return folder
 
 
@@ -119,7 +108,7 @@ def open_page(browser, address):
             "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else elsewhere.append(r.url)
         )
         page.goto(address)
-        page.get_by_role("button", name="Generate").wait_for()
+        page.locator("#samples img.sample").first.wait_for()
         return page
 
     yield open_page
@@ -128,204 +117,252 @@ def open_page(browser, address):
     assert elsewhere == []
 
 
-def choose(page, class_name=None, seed=None, num_stages=None, steps=()):
+def radio(page, title, choice):
+    """A button of the group with a title, which is no name of its to a browser."""
+    group = page.locator("fieldset").filter(has_text=re.compile(rf"^\s*{title}"))
+    return group.get_by_label(str(choice), exact=True)
+
+
+def choose(page, class_name=None, seed=None, samples=None, stages=None, steps=(), start=None):
     if class_name is not None:
-        page.get_by_label("Class").click()
+        page.get_by_label("Class", exact=True).click()
         page.get_by_role("option", name=class_name, exact=True).click()
     if seed is not None:
         page.get_by_label("New seed each time").uncheck()
         page.get_by_label("Seed", exact=True).fill(str(seed))
-    if num_stages is not None:
-        page.get_by_role("radio", name=str(num_stages)).check()
+    if samples is not None:
+        radio(page, "Samples", samples).check()
+    if start is not None or stages is not None or steps:
+        settings = page.get_by_role("button", name="Stages, steps and guidance")
+        if not radio(page, "Stages", 2).is_visible():
+            settings.click()
+    if start is not None:
+        page.get_by_role("radio", name=start).check()
+    if stages is not None:
+        radio(page, "Stages", stages).check()
     for stage, count in enumerate(steps, start=1):
         if count is not None:
             page.get_by_label(f"Stage {stage} steps").fill(str(count))
             page.get_by_label(f"Stage {stage} steps").press("Tab")
 
 
-def generate(page):
+def draws(page, act):
+    """Does what starts a drawing and waits for its end."""
     page.evaluate(WATCH)
-    page.get_by_role("button", name="Generate").click()
+    act()
+    wait_for_end(page)
 
 
-def wait_for_end(page, num_stages):
+def wait_for_end(page):
     page.wait_for_function(
-        "n => document.querySelectorAll('#stages img.sample').length == n && !document.querySelector('#status progress')"
-        " && window.seen.some(look => look.waiting)",
-        arg=num_stages,
+        "window.seen.some(look => look.progress !== null) && !document.querySelector('#status progress')"
+        " && !document.querySelector('#samples .sample.waiting, #samples .busy')"
     )
 
 
-def pictures(page, css_class="sample"):
+def generate(page):
+    page.get_by_role("button", name="Generate").click()
+
+
+def pictures(page):
     """The files that the page shows, by their names."""
     found = {}
-    for image in page.locator(f"#stages img.{css_class}").all():
+    for image in page.locator("#samples img.sample").all():
         found[image.get_attribute("alt")] = base64.b64decode(image.get_attribute("src").partition(",")[2])
     return found
 
 
+def colours(page):
+    """Those of the codes."""
+    return page.locator("#samples .cell").evaluate_all("cells => cells.map(cell => cell.style.backgroundColor)")
+
+
 def copy_code(page):
-    page.get_by_role("button", name="Copy").click()
+    copy = page.get_by_role("button", name="Copy")
+    if not copy.is_visible():
+        page.get_by_role("button", name="The same in Python").click()
+    copy.click()
     return page.evaluate("navigator.clipboard.readText()")
 
 
-def run_code(code, folder):
-    """Runs code as a user would, and returns the pictures that it wrote."""
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return {f"Stage {file.stem[-1]}": file.read_bytes() for file in folder.glob("stage-*.png")}
+def files_of(folder):
+    """Pictures that the page's Python wrote."""
+    return sorted(file.read_bytes() for file in folder.glob("stage-*.png"))
+
+
+def run_code(page, folder, monkeypatch):
+    """Runs the page's Python, and returns the pictures that it wrote."""
+    for file in folder.glob("stage-*.png"):
+        file.unlink()
+    monkeypatch.chdir(folder)
+    exec(copy_code(page), {})
+    return files_of(folder)
+
+
+def test_a_picture_is_there_when_the_page_opens(open_page, model, tmp_path):
+    page = open_page()
+    assert page.title() == "tiny <b>digits – Diffusion on Diffusion"
+    expect(page.get_by_role("heading")).to_have_text("tiny <b>digits")
+    DoDPipeline.from_pretrained(model)(0, generator=torch.manual_seed(0)).images[0].save(tmp_path / "default.png")
+    assert pictures(page) == {"Stage 1": (tmp_path / "default.png").read_bytes()}
+    code = copy_code(page)
+    assert "class_labels=0,  # 'goose'" in code and "manual_seed(0)" in code and "num_stages=1" in code
+    assert len(colours(page)) == 16
 
 
 def test_stages_appear_one_by_one_and_the_copied_code_draws_them(open_page, tmp_path):
     page = open_page()
-    expect(page.get_by_label("Stage 2 steps")).to_be_visible()
+    choose(page, "crane (2)", seed=12345, samples=4, stages=2, steps=(20, 60))
     expect(page.get_by_label("Stage 3 steps")).to_be_hidden()
-    choose(page, "crane (2)", seed=12345, num_stages=3, steps=(20, LONG, LONG))
     page.get_by_label("Stage 2 guidance").fill("3.5")
-    generate(page)
-    wait_for_end(page, 3)
+    draws(page, lambda: generate(page))
 
     seen = page.evaluate("window.seen")
-    numbers = [look["stages"] for look in seen]
-    assert sorted(set(numbers)) == [0, 1, 2, 3] and numbers == sorted(numbers)
-    assert all(look["stages"] + look["waiting"] == 3 for look in seen if look["waiting"])
+    counts = [(look["pictures"], look["waiting"]) for look in seen]
+    # The picture of before, then the frames of four samples.
+    assert list(dict.fromkeys(counts)) == [(1, 0), (4, 4), (8, 0)]
     fractions = [look["progress"] for look in seen if look["progress"] is not None]
     assert fractions == sorted(fractions) and len(set(fractions)) > 5
-    shown, maps = pictures(page), pictures(page, "codes")
-    assert list(shown) == ["Stage 1", "Stage 2", "Stage 3"] and len(set(shown.values())) == 3
-    assert list(maps) == [f"{name}: codes" for name in shown]
+    shown = pictures(page)
+    assert (
+        len(shown) == len(set(shown.values())) == 8 and "Sample 4, stage 2" in shown and len(colours(page)) == 4 * 16
+    )
 
     code = copy_code(page)
-    assert "class_labels=2" in code and "manual_seed(12345)" in code and "guidance_scale=[1.5, 3.5, 1.5]" in code
-    assert run_code(code, tmp_path) == shown
+    assert "class_labels=2" in code and "range(12345, 12349)" in code and "guidance_scale=[1.25, 3.5]" in code
+    # As a user would, in a process of its own.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=env)
+    assert files_of(tmp_path) == sorted(shown.values())
 
 
-def test_a_picture_takes_the_place_of_stage_1(open_page, model, tmp_path, monkeypatch):
+def test_codes_are_redrawn_mixed_and_painted_on(open_page, tmp_path, monkeypatch):
+    page = open_page()
+    choose(page, "goose", seed=3, stages=1, steps=(3,))
+    draws(page, lambda: generate(page))
+
+    def acts(act):
+        """The picture changes, and the Python draws it. Returns the colours before and after."""
+        before, picture = colours(page), pictures(page)
+        draws(page, act)
+        assert pictures(page) != picture
+        assert run_code(page, tmp_path, monkeypatch) == [*pictures(page).values()]
+        return before, colours(page)
+
+    # 1. The same codes, new noise
+    before, after = acts(lambda: page.get_by_role("button", name="Redraw").click())
+    assert before == after and page.get_by_label("Seed", exact=True).input_value() != "3"
+
+    # 2. A stroke
+    def stroke():
+        page.locator("#samples .cell").first.scroll_into_view_if_needed()
+        cells = [page.locator("#samples .cell").nth(cell).bounding_box() for cell in (0, 1, 5)]
+        middles = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in cells]
+        page.mouse.move(*middles[0])
+        page.mouse.down()
+        for middle in middles[1:]:
+            page.mouse.move(*middle)
+        page.mouse.up()
+
+    before, after = acts(stroke)
+    assert after[0] == after[1] == after[5] and len(set(after)) < len(set(before))
+
+    # 3. A code anew, by the keyboard
+    page.locator("#samples .cell").nth(6).focus()
+    before, after = acts(lambda: page.keyboard.press("Enter"))
+    far = [cell for cell in range(16) if distance(before[cell], after[cell]) > 16]
+    assert far in ([6], []) and before[6] != after[6]
+
+    # 4. Mixed, and with another share of what was there before
+    mix = page.get_by_role("button", name="Mix", exact=True)
+    page.get_by_label("With codes of").click()
+    page.get_by_role("option", name="crane (1)", exact=True).click()
+    acts(mix.click)
+    share = page.get_by_label("number input for Share")
+    share.fill("1")
+    share.press("Tab")
+    _, crane = acts(mix.click)
+    share.fill("0")
+    share.press("Tab")
+    _, back = acts(mix.click)
+    assert max(map(distance, back, after)) < 16 < max(map(distance, crane, after))
+
+
+def distance(colour, other):
+    numbers = [[int(number) for number in re.findall(r"\d+", each)] for each in (colour, other)]
+    return max(abs(a - b) for a, b in zip(*numbers))
+
+
+def test_a_picture_takes_the_place_of_stage_1(open_page, tmp_path, monkeypatch):
     file = tmp_path / "my own (1).png"
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     page = open_page()
-    choose(page, "no class", seed=7, num_stages=1)
-    page.get_by_role("button", name="Start from a picture").click()
+    choose(page, "no class", seed=7, start="Your own picture")
+    expect(page.get_by_label("Stage 1 steps")).to_be_hidden()
+    expect(radio(page, "Stages", 2)).to_be_checked()
     page.locator("input[type=file]").set_input_files(file)
     page.get_by_alt_text("preview").wait_for()
-    expect(page.get_by_label("Stage 1 steps")).to_be_hidden()
-    expect(page.get_by_role("radio", name="2")).to_be_checked()
     choose(page, steps=(None, 5))
-    generate(page)
-    wait_for_end(page, 2)
+    draws(page, lambda: generate(page))
     shown = pictures(page)
-    assert list(shown) == ["Your picture", "Stage 2"]
+    assert list(shown) == ["Your picture", "Stage 2"] and len(colours(page)) == 16
     (tmp_path / "shown.png").write_bytes(shown.pop("Your picture"))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "shown.png")), pixels)
+    assert run_code(page, tmp_path, monkeypatch) == [shown["Stage 2"]]
 
-    code = copy_code(page)
-    assert "class_labels=None" in code
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    assert (tmp_path / "stage-2.png").read_bytes() == shown["Stage 2"] and not (tmp_path / "stage-1.png").exists()
-
-    page.get_by_role("button", name="Clear").click()
+    choose(page, start="Stage 1, which")
     expect(page.get_by_label("Stage 1 steps")).to_be_visible()
+    expect(page.get_by_label("Stage 1 guidance")).to_have_value("1.5")
 
 
-def write_text(file):
-    file.write_text("not a picture")
-
-
-def write_cut(file):
-    Image.effect_noise((64, 64), 50).save(file)
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-def write_huge(file):
-    Image.new("1", (8000, 7000)).save(file)
-
-
-def write_bomb(file):
-    Image.new("1", (20000, 20000)).save(file)
-
-
-def write_16_bit(file):
-    Image.new("I;16", (8, 8)).save(file)
-
-
-def write_narrow(file):
-    Image.new("L", (200_000, 1)).save(file)
-
-
-BAD_PICTURES = {
-    write_text: "not a picture that can be read",
-    write_cut: "truncated",
-    write_huge: "too large",
-    write_bomb: "too large",
-    write_16_bit: "its mode is I;16: convert it to 8 bits per channel",
-    write_narrow: "too narrow, 200000 x 1",
-}
-
-
-@pytest.mark.parametrize("write", BAD_PICTURES, ids=lambda write: write.__name__)
-def test_a_bad_picture_is_refused(write, tmp_path):
-    write(tmp_path / "bad.png")
-    with pytest.raises(ValueError, match=BAD_PICTURES[write]) as error:
-        open_picture(str(tmp_path / "bad.png"))
-    assert str(tmp_path) not in str(error.value)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_every_usual_mode_is_taken(mode, tmp_path):
-    image = Image.new("RGB", (4, 4), "teal").convert(mode)
-    image.save(tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"))
-    assert open_picture(str(next(tmp_path.iterdir()))).mode == ("L" if mode in ("1", "L", "LA") else "RGB")
-
-
-def test_a_transparent_picture_lies_on_white(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert open_picture(str(tmp_path / "a.png")).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_bad_input_gets_a_message_and_leaves_the_page_usable(open_page, tmp_path):
+def test_bad_input_gets_a_message_and_leaves_the_result(open_page, tmp_path):
     page = open_page()
-    choose(page, "goose", seed=1, num_stages=1, steps=(3,))
-    generate(page)
-    wait_for_end(page, 1)
-    shown, code = pictures(page), copy_code(page)
+    shown, code, alert = pictures(page), copy_code(page), page.get_by_role("alert")
 
     # A step count that is not there
-    page.get_by_label("Stage 1 steps").fill("")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("alert")).to_contain_text("num_inference_steps")
-    # More than one user may have
-    choose(page, num_stages=2, steps=(250, 51))
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("alert")).to_contain_text("at most 300 steps")
-    choose(page, num_stages=1, steps=(3,))
-    # A picture that is none, said when it is chosen and again when it is used
-    write_text(tmp_path / "bad.png")
-    page.get_by_role("button", name="Start from a picture").click()
+    choose(page, seed=1, steps=("",))
+    generate(page)
+    expect(alert).to_contain_text("num_inference_steps")
+    # Numbers that are none of a model's
+    choose(page, steps=(-5,))
+    generate(page)
+    expect(alert).to_contain_text("`num_inference_steps` is -5")
+    choose(page, seed=-1, steps=(3,))
+    generate(page)
+    expect(alert).to_contain_text("seed must be from 0")
+    choose(page, seed=1, samples=9, steps=(67,))
+    generate(page)
+    expect(alert).to_contain_text("at most 600 steps")
+    choose(page, samples=1, start="Your own picture")
+    # No picture, and one that is none, said when it is chosen and again when it is used
+    generate(page)
+    expect(alert).to_contain_text("Choose a picture")
+    (tmp_path / "bad.png").write_text("not a picture")
     page.locator("input[type=file]").set_input_files(tmp_path / "bad.png")
-    expect(page.get_by_role("alert").filter(has_text="not a picture")).to_have_count(1)
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("alert").filter(has_text="not a picture")).to_have_count(2)
+    expect(alert.filter(has_text="not a picture")).to_have_count(1)
+    generate(page)
+    expect(alert.filter(has_text="not a picture")).to_have_count(2)
     # What was on the screen is still there, with its code.
     assert pictures(page) == shown and copy_code(page) == code
 
     page.get_by_role("button", name="Clear").click()
-    choose(page, seed=2, num_stages=2, steps=(3, 3))
-    generate(page)
-    wait_for_end(page, 2)
-    expect(page.get_by_role("alert")).to_have_count(0)
-    assert pictures(page)["Stage 1"] != shown["Stage 1"]
+    choose(page, start="Codes of", steps=(3,))
+    draws(page, lambda: generate(page))
+    expect(alert).to_have_count(0)
+    assert pictures(page) != shown
 
 
 def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_path):
     users = [("goose", 3, (LONG, 90)), ("crane (1)", 4, (90, LONG))]
     pages = [open_page(), open_page()]
     for page, (class_name, seed, steps) in zip(pages, users):
-        choose(page, class_name, seed, 2, steps)
+        choose(page, class_name, seed, stages=2, steps=steps)
+        page.evaluate(WATCH)
     for page in pages:
         generate(page)
     for page in pages:
-        wait_for_end(page, 2)
+        wait_for_end(page)
 
     spans = []
     for page in pages:
@@ -335,21 +372,91 @@ def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_p
     pipe = DoDPipeline.from_pretrained(model)
     for page, class_id, (_, seed, steps) in zip(pages, (0, 1), users):
         generator = torch.manual_seed(seed)
-        alone = pipe(class_id, 2, list(steps), [1.5, 1.5], generator=generator, return_stages=True).stages
+        alone = pipe(class_id, 2, list(steps), [1.25, 1.25], generator=generator, return_stages=True).stages
         for name, picture in zip(("Stage 1", "Stage 2"), alone):
             picture[0].save(tmp_path / "alone.png")
             assert pictures(page)[name] == (tmp_path / "alone.png").read_bytes()
 
 
-def test_a_phone_shows_all_within_its_width(open_page):
+def test_stop_and_a_closed_page_end_a_drawing(browser):
+    """On a server in this process, which can be looked into."""
+    pipe, calls = coded_digits(), []
+    # Slow enough to be stopped in time.
+    pipe.transformer.register_forward_hook(lambda *_: (calls.append(1), time.sleep(0.02))[0])
+    server = build(pipe, "nowhere")
+    _, address, _ = launch(server, prevent_thread_lock=True, quiet=True)
+    try:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.goto(address)
+        page.locator("#samples img.sample").wait_for()
+        shown, planned = pictures(page), 2 * 250
+
+        def start():
+            calls.clear()
+            generate(page)
+            page.locator("#status progress").wait_for()
+
+        choose(page, stages=2, steps=(250, 250))
+        start()
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#status")).to_have_text("Stopped.")
+        wait_for_threads()
+        assert len(calls) < planned and pictures(page) == shown
+        # The stage that was finished stays.
+        choose(page, steps=(1, 250))
+        start()
+        page.locator("#samples .waiting").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#status")).to_have_text("Stopped.")
+        wait_for_threads()
+        assert len(calls) < 250 and list(pictures(page)) == ["Stage 1"] and pictures(page) != shown
+        # Another wish takes the place of the one before.
+        start()
+        draws(page, page.get_by_role("button", name="Redraw").click)
+        wait_for_threads()
+
+        choose(page, steps=(250, 250))
+        start()
+        page.close()
+        wait_for_threads()
+        assert len(calls) < planned
+    finally:
+        server.close()
+
+
+def wait_for_threads():
+    """Until nothing is drawn any more."""
+    for thread in threading.enumerate():
+        if thread.name == "draw":
+            thread.join(TIMEOUT / 1000)
+            assert not thread.is_alive()
+
+
+def test_a_phone_shows_pictures_first_and_all_within_its_width(open_page):
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    choose(page, num_stages=4, steps=(2, 2, 2, 2))
-    generate(page)
-    wait_for_end(page, 4)
+    choose(page, samples=9, stages=2, steps=(2, 2))
+    draws(page, lambda: generate(page))
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
-    for image in page.locator("#stages img.sample").all():
-        box = image.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["width"] > 100
+    boxes = [image.bounding_box() for image in page.locator("#samples img.sample").all()]
+    assert len(boxes) == 18
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["width"] > 40 for box in boxes)
+    last = max(box["y"] + box["height"] for box in boxes)
+    controls = [page.get_by_role("button", name="Generate"), page.get_by_label("Class", exact=True)]
+    assert all(control.bounding_box()["y"] > last for control in controls)
+
+
+def test_a_model_without_a_code_model_starts_with_stages():
+    studio = Studio(digits_like(), "nowhere")
+    first = studio.first()
+    assert first.drawing.start == "stage" and first.codes.shape == (1, 16, 2)
+    assert first.html.count("<img") == 2 and first.html.count("<button") == 16
+    drawing = first.drawing.from_codes(studio.pipe, -first.codes)
+    *_, painted = studio.results(drawing)
+    assert painted.html.count("<img") == 1 and "codes=codes" in painted.code
+    with pytest.raises(ValueError, match="no code model"):
+        studio.new_codes(0, range(1))
+    build(studio.pipe, "nowhere")
 
 
 def test_classes_are_named_apart_and_briefly():
@@ -358,61 +465,14 @@ def test_classes_are_named_apart_and_briefly():
     assert choices[1:4] == [("goose", 0), ("crane (1)", 1), ("crane (2)", 2)]
     assert choices[6:] == [(f"class {i}", i) for i in range(5, 10)]
     assert all(len(name) <= 60 for name, _ in choices)
-    unconditional = tiny_transformer(in_channels=1, num_classes=0)
-    assert class_choices(digits_like(transformer=unconditional, id2label=None)) == [("no class", NO_CLASS)]
+    unconditional = digits_like(transformer=tiny_transformer(in_channels=1, num_classes=0), id2label=None)
+    assert class_choices(unconditional) == [("no class", NO_CLASS)]
+    assert Studio(unconditional, "nowhere").first().drawing.class_id is None
 
 
-def test_names_cannot_break_out_of_the_code_or_the_page():
-    name = "x'\"\nimport os  # <script>"
-    drawing = Drawing(1, 0, [1], [1.0], picture='/tmp/it\'s "odd".png')
-    lines = drawing.code(name, name, "cpu").splitlines()
-    compile("\n".join(lines), "code", "exec")
-    assert not any(line.startswith("import os") for line in lines)
-    assert "<script>" not in stages_html(Drawing(1, 0, [1], [1.0]), [])
-
-
-CASES = {
-    "pixels": (digits_like, 28),
-    "autoencoder": (lambda: tiny_pipeline(vae=tiny_vae("kl")), 16),
-    # Takes two model calls a step.
-    "second order": (lambda: tiny_pipeline(vae=tiny_vae("kl"), scheduler=FlowMatchHeunDiscreteScheduler()), 16),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_drawing_tells_of_every_stage_what_the_pipeline_returns(case):
-    pipe = CASES[case][0]()
-    scheduler = pipe.scheduler.timesteps.clone()
-    events = list(draw(pipe, Drawing(2, 5, [3, 4], [2.0, 1.0])))
-    assert torch.equal(pipe.scheduler.timesteps, scheduler)
-    expected = pipe(2, 2, [3, 4], [2.0, 1.0], generator=torch.manual_seed(5), return_stages=True).stages
-
-    finished = [event for event in events if isinstance(event, Finished)]
-    assert [event.stage for event in finished] == [1, 2]
-    assert [event.image.tobytes() for event in finished] == [stage[0].tobytes() for stage in expected]
-    assert [len(event.code_maps) for event in finished] == [1, 2]
-    fractions = [event.fraction for event in events if isinstance(event, Progress)]
-    assert fractions == sorted(fractions) and fractions[-1] == 1.0
-    # Half of the drawing is done when stage 1 is.
-    before = events[events.index(finished[0]) - 1]
-    assert before.stage == 1 and before.fraction == 0.5
-    second = [event.fraction for event in events if isinstance(event, Progress) and event.stage == 2]
-    assert second[0] == 0.5 + 0.5 / len(second)
-
-
-def test_a_drawing_that_nobody_waits_for_ends():
-    pipe, before, calls = digits_like(), threading.active_count(), []
-    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    drawing = draw(pipe, Drawing(2, 5, [1000, 1000], [2.0, 1.0]))
-    next(drawing)
-    assert threading.active_count() == before + 1
-    drawing.close()
-    assert threading.active_count() == before and len(calls) < 1000
-
-
-def test_a_fault_while_drawing_reaches_whoever_asked():
-    with pytest.raises(ValueError, match="num_inference_steps"):
-        list(draw(digits_like(), Drawing(2, 5, [0], [2.0])))
+def test_a_model_is_named_by_its_folder_or_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_name(".") == tmp_path.name and model_name("user/my-model") == "user/my-model"
 
 
 def test_a_space_would_start_this_with_the_gradio_that_was_tested():
@@ -456,11 +516,12 @@ def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name
 
 def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(address):
     config = httpx.get(f"{address}/config").json()
-    function = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
-    data = [0, 1, False, 1, None, *[LONG] * 4, *[1.5] * 4]
+    names = {each["api_name"]: each for each in config["dependencies"] if each["api_visibility"] == "public"}
+    assert {*names} == {"generate", "redraw", "mix"}
+    data = [None, 0, 1, False, 1, False, "codes", 1, None, *[LONG] * 4, *[1.5] * 4]
 
     def join(number):
-        body = {"data": data, "fn_index": function, "session_hash": f"nobody{number}"}
+        body = {"data": data, "fn_index": names["generate"]["id"], "session_hash": f"nobody{number}"}
         return httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code
 
     codes = [join(number) for number in range(40)]

@@ -1,1 +1,1 @@
-"""The demo: a page that draws stage by stage."""
+"""The demo: a web page that draws samples and lets their codes be edited."""

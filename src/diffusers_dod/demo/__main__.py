@@ -1,8 +1,8 @@
-"""Opens a page in the browser that draws stage by stage, with the Python that draws the same.
+"""Serves a web page that draws samples, lets you edit their codes, and shows the Python that draws the same.
 
     diffusers-dod demo --model outputs/mine
 
-Gradio's own variables, such as GRADIO_SERVER_PORT, say where it listens. Needs `pip install "diffusers-dod[demo]"`.
+Gradio's environment variables, such as GRADIO_SERVER_PORT, set the address. Needs `pip install "diffusers-dod[demo]"`.
 """
 
 import os
@@ -16,7 +16,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--model",
         default=os.environ.get("DOD_MODEL"),
-        help="folder or repository of the Hub; default: what the environment variable DOD_MODEL names, as in a Space",
+        help="folder or Hub repository; default: the environment variable DOD_MODEL, which a Space sets",
     )
     return parser
 

@@ -1,169 +1,194 @@
-"""Draws with a shared DoD pipeline, stage by stage, and says which Python draws the same."""
+"""Draws with a shared DoD pipeline and reports codes and stages as they are done."""
 
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
 
-from ..data.images import read_image
 from ..pipeline_dod import DoDPipeline
-from ..viz.codes import stage_code_maps
+from .codes import code_grid, generate_codes, latent_size, rounded
+from .uploads import open_picture
 
 
-@dataclass
+@dataclass(frozen=True)
 class Drawing:
     """What to draw. Lists have one entry per stage, also for the stage 1 that a picture replaces.
 
     Args:
         class_id (`int`, *optional*): `None` is no class.
-        picture (`str`, *optional*): path of the user's own picture, the prior of stage 2.
-        prior_source (`str`, *optional*): the pipeline's argument.
+        seed (`int`): of the first sample; each further sample has the next number.
+        num_samples (`int`): samples that are drawn at once.
+        num_inference_steps (`list` of `int`), guidance_scale (`list` of `float`): the pipeline's arguments.
+        start (`str`): what the first stage follows: `"codes"`, nothing (`"stage"`) or a `"picture"` in the place of stage 1.
+        same_codes (`bool`): all samples take the codes of the first one, from the code model.
+        picture (`str`, *optional*): path of the user's own picture.
+        codes (`torch.Tensor`, *optional*): codes to start from, instead of those of the code model.
+        noise_before (`tuple` of `int`, *optional*):
+            Shape of the noise that each sample's generator gave before, when the codes were drawn. It is drawn again and not
+            used, so that changed codes meet the same noise.
     """
 
     class_id: int | None
     seed: int
+    num_samples: int
     num_inference_steps: list[int]
     guidance_scale: list[float]
+    start: str = "stage"
+    same_codes: bool = False
     picture: str | None = None
-    prior_source: str | None = None
+    codes: torch.Tensor | None = None
+    noise_before: tuple[int, ...] | None = None
 
     @property
-    def stages(self) -> range:
-        """The numbers of the stages that run."""
-        return range(1 if self.picture is None else 2, len(self.num_inference_steps) + 1)
+    def num_stages(self) -> int:
+        return len(self.num_inference_steps)
+
+    @property
+    def first_stage(self) -> int:
+        """The first stage that runs."""
+        return 2 if self.start == "picture" else 1
+
+    @property
+    def first_stage_with_prior(self) -> int:
+        return 1 if self.start == "codes" else 2
+
+    @property
+    def num_phases(self) -> int:
+        """Denoising runs: the code model's, if any, and the stages'."""
+        draws_codes = self.start == "codes" and self.codes is None
+        return draws_codes + self.num_stages + 1 - self.first_stage
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_samples)
 
     def arguments(self) -> dict:
         """The pipeline's arguments that are plain values."""
         return {
             "class_labels": self.class_id,
-            "num_stages": len(self.num_inference_steps),
+            **({} if self.num_samples == 1 else {"num_images_per_prompt": self.num_samples}),
+            "num_stages": self.num_stages,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
-            **({} if self.prior_source is None else {"prior_source": self.prior_source}),
+            **({"prior_source": "stage"} if self.start == "stage" else {}),
         }
 
-    def code(self, model: str, class_name: str, device: str) -> str:
-        """Python that draws the same in a process of its own, and saves every stage."""
-        lines = ["import torch"]
-        if self.picture is not None:
-            lines.append("from PIL import Image")
-        lines += ["", "from diffusers_dod import DoDPipeline", ""]
-        lines += [f"pipe = DoDPipeline.from_pretrained({model!r})" + ("" if device == "cpu" else f".to({device!r})")]
-        lines.append("stages = pipe(")
-        for name, value in self.arguments().items():
-            lines.append(f"    {name}={value!r}," + (f"  # {class_name!r}" if name == "class_labels" else ""))
-        if self.picture is not None:
-            lines.append(f"    image=Image.open({Path(self.picture).name!r}),  # in the place of stage 1")
-        lines += [f"    generator=torch.Generator().manual_seed({self.seed}),", "    return_stages=True,", ").stages"]
-        lines.append(f"for number, images in enumerate(stages, start={self.stages.start}):")
-        lines.append('    images[0].save(f"stage-{number}.png")')
-        return "\n".join(lines)
+    def from_codes(self, pipe: DoDPipeline, codes: torch.Tensor) -> "Drawing":
+        """The same samples, of codes that are given."""
+        noise_before = self.noise_before
+        if self.codes is None and self.start == "codes":
+            noise_before = (pipe.latent_embedder.config.bottleneck_dim, *code_grid(pipe))
+        elif self.codes is None and self.start == "stage":
+            noise_before = (pipe.transformer.config.in_channels, *latent_size(pipe))
+        skipped = self.first_stage_with_prior - 1
+        return replace(
+            self,
+            num_inference_steps=self.num_inference_steps[skipped:],
+            guidance_scale=self.guidance_scale[skipped:],
+            start="codes",
+            same_codes=False,
+            picture=None,
+            codes=rounded(codes),
+            noise_before=noise_before,
+        )
 
 
 @dataclass
 class Progress:
-    """A step of a stage was taken; `fraction` of the whole drawing is done."""
+    """A step of a stage was taken; stage 0 is the codes. `fraction` of the whole drawing is done."""
 
     stage: int
     fraction: float
 
 
 @dataclass
-class Finished:
-    """A stage's picture is there. Stage 1 may be the user's own, as the model sees it.
+class Codes:
+    """What the first stage with a prior sees, `(samples, rows * columns, bottleneck_dim)`."""
 
-    `code_maps` holds the maps of all stages so far, since they share their colours.
-    """
+    codes: torch.Tensor
+
+
+@dataclass
+class Finished:
+    """The pictures of a stage, one per sample. Those of stage 1 may be the user's own, as the model sees it."""
 
     stage: int
-    image: Image.Image
-    code_maps: list[Image.Image]
-
-
-# A picture of 50 megapixels is 200 MB for Pillow, and the memory of a thread stays with it: one thread reads them all.
-READER = ThreadPoolExecutor(1, thread_name_prefix="read-picture")
-
-
-def open_picture(path: str, largest: int | None = None) -> Image.Image:
-    """Reads a user's picture as the pipeline and the training do.
-
-    Args:
-        path (`str`): where the server keeps it.
-        largest (`int`, *optional*): side in pixels to which the longer one is shrunk.
-
-    Raises:
-        ValueError: for what is no picture, too large, too narrow, or of an unusual mode; it says what to do.
-    """
-
-    def read() -> Image.Image:
-        picture = read_image({"path": path, "bytes": None})
-        if largest is not None:
-            picture.thumbnail((largest, largest))
-        return picture
-
-    try:
-        return READER.submit(read).result()
-    except ValueError as error:
-        # The server's folders are nobody's business.
-        raise ValueError(f"{str(error).replace(path, Path(path).name)}: try another picture.") from None
+    images: list[Image.Image]
 
 
 def private_pipeline(pipe: DoDPipeline) -> DoDPipeline:
-    """A pipeline that shares the weights and nothing else: the scheduler and the interrupt flag change while it draws."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    own = DoDPipeline(**{**pipe.components, "scheduler": scheduler}, id2label=pipe.config.id2label)
-    own.set_progress_bar_config(disable=True)
-    return own
+    """A pipeline that shares the weights and nothing else: schedulers and the interrupt flag change while it draws."""
+    own = dict(pipe.components)
+    for name in ("scheduler", "code_scheduler"):
+        if own[name] is not None:
+            own[name] = type(own[name]).from_config(own[name].config)
+    private = DoDPipeline(**own, id2label=pipe.config.id2label)
+    private.set_progress_bar_config(disable=True)
+    return private
 
 
-def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Finished]:
-    """Draws and tells of every step and every stage as it ends; closing the iterator ends the drawing.
+def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Codes | Finished]:
+    """Draws, and reports every step, the codes and every stage when they are done; closing the iterator ends the drawing.
 
     Raises:
         ValueError: for a bad picture and for settings that the pipeline refuses.
     """
     picture = None if drawing.picture is None else open_picture(drawing.picture)
-    pipe, stages = private_pipeline(shared_pipe), []
+    pipe = private_pipeline(shared_pipe)
     events: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
+    phase, first_step = 0, 0
 
     def finish(stage: int, latents: torch.Tensor) -> None:
-        stages.append(latents)
-        maps = [maps[0] for maps in stage_code_maps(pipe, stages)]
-        (image,) = pipe.decode(latents, "pil")
-        events.put(Finished(stage, image, maps))
-
-    first_step = 0
+        if stage + 1 == drawing.first_stage_with_prior <= drawing.num_stages and drawing.start != "codes":
+            events.put(Codes(pipe.latent_embedder.encode(latents)))
+        images: Any = pipe.decode(latents, "pil")
+        events.put(Finished(stage, images))
 
     def on_step_end(pipe: DoDPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        nonlocal first_step
+        nonlocal phase, first_step
         pipe._interrupt = stop.is_set()
         done, planned = step + 1 - first_step, pipe.num_timesteps - first_step
-        fraction = (pipe.current_stage - drawing.stages.start + done / planned) / len(drawing.stages)
-        events.put(Progress(pipe.current_stage, fraction))
+        events.put(Progress(pipe.current_stage, (phase + done / planned) / drawing.num_phases))
         if done == planned and not pipe.interrupt:
-            first_step = step + 1
-            finish(pipe.current_stage, tensors["latents"])
+            # The pipeline counts the steps of its stages, not those of the codes that it is given.
+            phase, first_step = phase + 1, step + 1 if pipe.current_stage else 0
+            if pipe.current_stage:
+                finish(pipe.current_stage, tensors["latents"])
         return {}
+
+    def choose_codes(generators: list[torch.Generator]) -> torch.Tensor | None:
+        if drawing.codes is not None:
+            if drawing.noise_before is not None:
+                for generator in generators:
+                    torch.randn(drawing.noise_before, generator=generator)
+            return drawing.codes
+        if drawing.start != "codes":
+            return None
+        class_ids = [drawing.class_id] * drawing.num_samples
+        codes = generate_codes(pipe, class_ids, generators, callback_on_step_end=on_step_end)
+        return rounded(codes[:1]).expand_as(codes) if drawing.same_codes else codes
 
     @torch.no_grad()
     def work() -> None:
         try:
+            generators = [torch.Generator().manual_seed(seed) for seed in drawing.seeds]
+            if (codes := choose_codes(generators)) is not None:
+                events.put(Codes(codes))
             if picture is not None:
-                size = pipe.transformer.config.sample_size
-                height, width = (size, size) if isinstance(size, int) else size
-                size = (height * pipe.spatial_factor, width * pipe.spatial_factor)
-                latents = pipe.prepare_image_latents(picture, 1, 1, *size, pipe.transformer.dtype, pipe.device)
-                finish(1, latents)
+                height, width = (side * pipe.spatial_factor for side in latent_size(pipe))
+                number = drawing.num_samples
+                dtype = pipe.transformer.dtype
+                finish(1, pipe.prepare_image_latents(picture, number, number, height, width, dtype, pipe.device))
             pipe(
                 **drawing.arguments(),
                 image=picture,
-                generator=torch.Generator().manual_seed(drawing.seed),
+                codes=codes,
+                generator=generators,
                 output_type="latent",  # every stage is decoded as it ends
                 callback_on_step_end=on_step_end,
             )
@@ -171,8 +196,8 @@ def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Fini
         except Exception as error:  # for whoever reads the events
             events.put(error)
 
-    # The pipeline's call returns when all stages are done; in a thread it can tell of each before.
-    thread = threading.Thread(target=work, daemon=True)
+    # The pipeline's call returns when all stages are done; in a thread it can report each before.
+    thread = threading.Thread(target=work, name="draw", daemon=True)
     thread.start()
     try:
         while (event := events.get()) is not None:

@@ -1,183 +1,253 @@
-"""The page: every stage as it ends, and the Python that draws the same."""
+"""The page: samples with their codes, which can be redrawn, mixed and painted on, and the Python that draws the same."""
 
-import base64
 import html
-import io
 import random
-import textwrap
-from collections import Counter
+import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from ..pipeline_dod import DoDPipeline
-from .drawing import Drawing, Finished, draw, open_picture
+from .codes import check_path, paint
+from .drawing import Drawing
+from .rendering import image_tag, message, progress
+from .studio import MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
+from .uploads import open_picture
 
 
-MAX_STAGES = 4
-MAX_STEPS = 250  # of one stage
-MAX_STEPS_IN_ALL = 300  # of one drawing, so that nobody waits long for another's
-MAX_WAITING = 20  # drawings; who comes then is told that the queue is full
+MAX_WAITING = 20  # drawings; later requests are refused as the queue is full
 MAX_SEED = 2**31 - 1
-NO_CLASS = -1  # a dropdown's value cannot be None
-CSS = Path(__file__).with_name("style.css")
+SAMPLES = [1, 4, 9]
+FOLDER = Path(__file__).parent
+STARTS = {
+    "codes": "Codes of the code model",
+    "stage": "Stage 1, which sees the class only",
+    "picture": "Your own picture",
+}
+ABOUT = {
+    True: "Diffusion on Diffusion: a small model draws a few numbers per picture, its codes, and the picture is then drawn "
+    "from them.",
+    False: "Diffusion on Diffusion: stage 1 sees the class only. Later stages start again from noise and also see codes, "
+    "the few numbers that are extracted from the picture before.",
+}
+HINT = {
+    True: "Click a cell of the codes to draw a new code there, or drag from one cell to others to copy its code.",
+    False: "Drag from one cell of the codes to others to copy its code.",
+}
 
 
-def class_choices(pipe: DoDPipeline) -> list[tuple[str, int]]:
-    """Names and ids of the classes; the id goes with a name that several have."""
-    names = pipe.config.id2label or {}
-    ids = range(pipe.transformer.config.num_classes)
-    short = [textwrap.shorten(names.get(str(i), f"class {i}"), 60, placeholder="…") for i in ids]
-    count = Counter(short)
-    return [("no class", NO_CLASS)] + [
-        (f"{name} ({i})" if count[name] > 1 else name, i) for i, name in zip(ids, short)
-    ]
+def model_name(model: str) -> str:
+    """A folder's name, or the repository's."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def image_tag(image: Image.Image, css_class: str, text: str) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    sharp = " sharp" if max(image.size) <= 64 else ""
-    return f'<img class="{css_class}{sharp}" alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-
-
-def stages_html(drawing: Drawing, finished: list[Finished]) -> str:
-    """All stages side by side, those to come as empty frames."""
-    figures = []
-    maps = finished[-1].code_maps if finished else []
-    for stage in range(1, drawing.stages.stop):
-        name = "Your picture" if stage < drawing.stages.start else f"Stage {stage}"
-        if stage <= len(finished):
-            picture = image_tag(finished[stage - 1].image, "sample", name)
-            codes = image_tag(maps[stage - 1], "codes", f"{name}: codes")
-        else:
-            picture, codes = '<div class="sample waiting"></div>', '<div class="codes waiting"></div>'
-        figures.append(f"<figure><figcaption>{name}{codes}</figcaption>{picture}</figure>")
-    return f'<div class="stages" style="--columns: {len(figures)}">{"".join(figures)}</div>'
-
-
-def message(text: str) -> str:
-    return f'<p class="message" role="alert">{html.escape(text)}</p>'
-
-
-def progress(text: str, fraction: float) -> str:
-    return f'<label class="progress"><span>{text}</span><progress value="{fraction:.4f}"></progress></label>'
+def shown(result: Result) -> str:
+    """The result's HTML; never the same text twice, or the browser would keep cells as a stroke has coloured them."""
+    return f"{result.html}<!-- {secrets.token_hex(4)} -->"
 
 
 def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
-    """The page for a pipeline; `model` is the name by which the code loads it."""
-    choices = class_choices(pipe)
-    names = {value: name for name, value in choices}
-    source = None if pipe.code_transformer is None else "stage"
+    """The page for a pipeline."""
+    studio = Studio(pipe, model)
+    choices, first, has_code_model = class_choices(pipe), studio.first(), pipe.code_transformer is not None
 
-    def show_rows(num_stages: int, picture: str | None) -> list:
-        """One row per stage that runs; a picture needs a stage 2, and is looked at right away."""
-        first, preview = 1, ""
-        if picture is not None:
-            first, num_stages = 2, max(num_stages, 2)
-            try:
-                thumbnail = open_picture(picture, largest=256)
-                preview = image_tag(thumbnail, "preview", "preview")
-            except ValueError as error:
-                preview = message(str(error))
-        rows = [gr.Row(visible=first <= stage <= num_stages) for stage in range(1, MAX_STAGES + 1)]
-        return [num_stages, preview, *rows]
+    def update(results: Iterator, old: Result) -> Iterator:
+        """Outputs of all drawings: status, samples, code, seed, result. A refused one leaves the old result as it is."""
+        current = old
+        try:
+            for news in results:
+                if isinstance(news, Result):
+                    current = news
+                    yield gr.skip(), shown(news), news.code, news.drawing.seed, news
+                else:
+                    yield progress(*news), *[gr.skip()] * 4
+            yield "", *[gr.skip()] * 4
+        except ValueError as error:
+            yield message(str(error)), shown(current), *[gr.skip()] * 3
+
+    def again(old: Result, codes: torch.Tensor | None = None, seed: int | None = None, **options: Any) -> Iterator:
+        """The old result's drawing, of its own or of other codes."""
+        codes = old.codes if codes is None else codes
+        if codes is None:
+            raise ValueError("One stage without codes cannot be drawn again: draw two stages.")
+        drawing = old.drawing.from_codes(pipe, codes)
+        yield from studio.results(drawing if seed is None else replace(drawing, seed=seed), **options)
 
     def generate(
-        class_id: int, seed: int | None, random_seed: bool, num_stages: int, picture: str | None, *numbers: Any
+        result: Result,
+        class_id: int,
+        num_samples: int,
+        same_codes: bool,
+        seed: int | None,
+        random_seed: bool,
+        start: str,
+        num_stages: int,
+        picture: str | None,
+        *numbers: Any,
     ) -> Iterator:
-        if random_seed or seed is None:
-            seed = random.randint(0, MAX_SEED)
-        if num_stages is None:
-            yield message("Choose the number of stages."), gr.skip(), gr.skip(), gr.skip()
-            return
-        # A field that was emptied is None, which the pipeline refuses with a message.
-        steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
-        drawing = Drawing(None if class_id == NO_CLASS else class_id, seed, steps, scales, picture, source)
-        code = gr.Code(drawing.code(model, names[class_id], pipe.device.type), visible=True)
-        finished: list[Finished] = []
+        def results() -> Iterator:
+            # Limits of the fields themselves would end in an error of gradio's in the place of the result.
+            if start == "picture" and picture is None:
+                raise ValueError("Choose a picture to start from.")
+            if num_stages is None:
+                raise ValueError("Choose the number of stages.")
+            chosen = random.randint(0, MAX_SEED) if random_seed or seed is None else seed
+            if not 0 <= chosen <= MAX_SEED:
+                raise ValueError(f"The seed must be from 0 to {MAX_SEED}.")
+            # A field that was emptied is None, which the pipeline refuses with a message.
+            steps, scales = [*numbers[:num_stages]], [*numbers[MAX_STAGES:][:num_stages]]
+            yield from studio.results(
+                Drawing(
+                    None if class_id == NO_CLASS else class_id,
+                    chosen,
+                    num_samples,
+                    steps,
+                    scales,
+                    start,
+                    same_codes and start == "codes",
+                    picture if start == "picture" else None,
+                )
+            )
+
+        yield from update(results(), result)
+
+    def redraw(result: Result) -> Iterator:
+        seed = random.randint(0, MAX_SEED)
+        yield from update(again(result, seed=seed, unmixed=result.unmixed), result)
+
+    def mix(result: Result, class_id: int, share: float) -> Iterator:
+        def results() -> Iterator:
+            others = studio.new_codes(None if class_id == NO_CLASS else class_id, result.drawing.seeds)
+            if result.unmixed is None or not 0 <= share <= 1:
+                raise ValueError("Codes are mixed by a share from 0 to 1.")
+            yield from again(result, torch.lerp(result.unmixed, others, share), unmixed=result.unmixed)
+
+        yield from update(results(), result)
+
+    def paint_codes(result: Result, event: gr.EventData) -> Iterator:
+        def results() -> Iterator:
+            if result.codes is None:
+                raise ValueError("There are no codes to change.")
+            path = check_path(result.codes, event.path)
+            codes = paint(result.codes, path)
+            if len(path) == 1:
+                seed = random.randint(0, MAX_SEED)
+                codes[path[0]] = studio.new_codes(result.drawing.class_id, range(seed, seed + 1))[0, path[0][1]]
+            yield from again(result, codes)
+
+        yield from update(results(), result)
+
+    def show_rows(start: str, num_stages: int) -> list:
+        """One row per stage that runs; a picture needs a stage 2."""
+        first_stage = 2 if start == "picture" else 1
+        num_stages = max(num_stages, first_stage)
+        return [num_stages, *(gr.Row(visible=first_stage <= i <= num_stages) for i in range(1, MAX_STAGES + 1))]
+
+    def show_settings(start: str) -> list:
+        num_stages, guidance = default_settings(start)
+        visible = [gr.Column(visible=start == "picture"), gr.Checkbox(visible=start == "codes")]
+        return [*visible, *guidance, *show_rows(start, num_stages)]
+
+    def show_preview(picture: str | None) -> str:
+        if picture is None:
+            return ""
         try:
-            if sum(steps[stage - 1] or 0 for stage in drawing.stages) > MAX_STEPS_IN_ALL:
-                raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps in all.")
-            # What is on the screen stays there until it is certain that there will be something new.
-            for i, event in enumerate(draw(pipe, drawing)):
-                bar = gr.skip()
-                if isinstance(event, Finished):
-                    finished.append(event)
-                else:
-                    bar = progress(f"Stage {event.stage} of {drawing.stages.stop - 1}", event.fraction)
-                news = i == 0 or isinstance(event, Finished)
-                shown = stages_html(drawing, finished) if news else gr.skip()
-                yield (bar, shown, code, seed) if i == 0 else (bar, shown, gr.skip(), gr.skip())
-            yield "", gr.skip(), gr.skip(), gr.skip()
+            return image_tag(open_picture(picture, largest=256), "preview", "preview")
         except ValueError as error:
-            yield message(str(error)), gr.skip(), gr.skip(), gr.skip()
+            return message(str(error))
 
-    with gr.Blocks(title="Diffusion on Diffusion", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown(
-            "# Diffusion on Diffusion\n"
-            "Stage 1 sees the class only. Each later stage starts again from noise and also sees *codes*: the few numbers "
-            "that the embedder extracts from the picture before, shown as a small map above it."
-        )
+    name = model_name(model)
+    start_value = first.drawing.start
+    num_stages_value, guidance_values = default_settings(start_value)
+    class_value = choices[min(1, len(choices) - 1)][1]
+    with gr.Blocks(title=f"{name} – Diffusion on Diffusion", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(f"<h1>{html.escape(name)}</h1><p>{ABOUT[has_code_model]}</p>", elem_id="title")
+        result = gr.State(first)
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                class_id = gr.Dropdown(choices, value=choices[min(1, len(choices) - 1)][1], label="Class")
-                with gr.Row(equal_height=True):
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-                    random_seed = gr.Checkbox(True, label="New seed each time", container=False, min_width=140)
-                num_stages = gr.Radio(list(range(1, MAX_STAGES + 1)), value=2, label="Stages")
-                rows, steps, scales = [], [], []
-                with gr.Group():
-                    for stage in range(1, MAX_STAGES + 1):
-                        with gr.Row(visible=stage <= 2) as row:
-                            label = f"Stage {stage} steps"
-                            steps.append(
-                                gr.Number(30, label=label, precision=0, min_width=120, minimum=1, maximum=MAX_STEPS)
-                            )
-                            label = f"Stage {stage} guidance"
-                            scales.append(gr.Number(1.5, label=label, min_width=120, minimum=0, maximum=20, step=0.1))
-                        rows.append(row)
-                with gr.Accordion("Start from a picture of your own", open=False):
-                    # Not gr.Image, which reads the file itself and says of a bad one only that it failed.
-                    picture = gr.File(label="In the place of stage 1", file_types=["image"], height=120)
-                    preview = gr.HTML()
-            with gr.Column(scale=2, min_width=300):
-                with gr.Row(equal_height=True):
-                    button = gr.Button("Generate", variant="primary", scale=0, min_width=180)
+            with gr.Column(scale=5, min_width=320, elem_id="results"):
+                samples = gr.HTML(first.html, elem_id="samples", js_on_load=(FOLDER / "painting.js").read_text())
+                gr.HTML(f'<p class="hint">{HINT[has_code_model]}</p>', elem_id="hint")
+                with gr.Row(elem_id="toolbar"):
+                    generate_button = gr.Button("Generate", variant="primary", scale=0, min_width=110)
+                    redraw_button = gr.Button("Redraw", scale=0, min_width=80)
+                    stop_button = gr.Button("Stop", scale=0, min_width=60)
                     status = gr.HTML(elem_id="status", min_width=180)
-                stages = gr.HTML('<p class="hint">Choose a class and press Generate.</p>', elem_id="stages")
-                code = gr.Code(language="python", label="The same in Python", interactive=False, visible=False)
+            with gr.Column(scale=2, min_width=320):
+                with gr.Group():
+                    class_id = gr.Dropdown(choices, value=class_value, label="Class")
+                    num_samples = gr.Radio(SAMPLES, value=1, label="Samples")
+                    same_codes = gr.Checkbox(False, label="The same codes for all", visible=has_code_model)
+                    seed = gr.Number(0, label="Seed", precision=0)
+                    random_seed = gr.Checkbox(True, label="New seed each time")
+                with gr.Accordion("Mix codes", visible=has_code_model):
+                    mix_class = gr.Dropdown(choices, value=choices[-1][1], label="With codes of")
+                    share = gr.Slider(0, 1, 0.5, step=0.05, label="Share")
+                    mix_button = gr.Button("Mix")
+                with gr.Accordion("Stages, steps and guidance", open=False):
+                    starts = [(label, value) for value, label in STARTS.items() if value != "codes" or has_code_model]
+                    start = gr.Radio(starts, value=start_value, label="Start from")
+                    with gr.Column(visible=False) as picture_column:
+                        # Not gr.Image, which reads the file itself and says of a bad one only that it failed.
+                        picture = gr.File(label="Picture", file_types=["image"], height=120)
+                        preview = gr.HTML()
+                    num_stages = gr.Radio(list(range(1, MAX_STAGES + 1)), value=num_stages_value, label="Stages")
+                    rows, steps, scales = [], [], []
+                    for stage, guidance in enumerate(guidance_values, start=1):
+                        with gr.Row(visible=stage <= num_stages_value) as row:
+                            steps.append(
+                                gr.Number(NUM_STEPS, label=f"Stage {stage} steps", precision=0, min_width=120)
+                            )
+                            scales.append(
+                                gr.Number(guidance, label=f"Stage {stage} guidance", step=0.05, min_width=120)
+                            )
+                        rows.append(row)
+        with gr.Accordion("The same in Python", open=False):
+            code = gr.Code(first.code, language="python", show_label=False, interactive=False)
 
-        gr.on(
-            [num_stages.input, picture.change],
-            show_rows,
-            [num_stages, picture],
-            [num_stages, preview, *rows],
-            show_progress="hidden",
-            concurrency_limit=2,
-        )
-        button.click(
-            generate,
-            [class_id, seed, random_seed, num_stages, picture, *steps, *scales],
-            [status, stages, code, seed],
-            show_progress="minimal",
-            show_progress_on=status,
-            # Each drawing has a pipeline of its own (see `private_pipeline`); more than two at once only slow each other.
-            concurrency_limit=2,
-            api_name="generate",
+        quick = {"show_progress": "hidden", "concurrency_limit": 2, "api_visibility": "private"}
+        start.input(show_settings, start, [picture_column, same_codes, *scales, num_stages, *rows], **quick)
+        num_stages.input(show_rows, [start, num_stages], [num_stages, *rows], **quick)
+        picture.change(show_preview, picture, preview, **quick)
+
+        # Each drawing has a pipeline of its own (see `private_pipeline`); more than two at once only slow each other.
+        shared = {"show_progress": "hidden", "concurrency_id": "drawing", "concurrency_limit": 2}
+        outputs = [status, samples, code, seed, result]
+        settings = [class_id, num_samples, same_codes, seed, random_seed, start, num_stages, picture, *steps, *scales]
+        events = {
+            generate_button.click: gr.on(generate_button.click, generate, [result, *settings], outputs, **shared),
+            redraw_button.click: gr.on(redraw_button.click, redraw, result, outputs, **shared),
+            mix_button.click: gr.on(mix_button.click, mix, [result, mix_class, share], outputs, **shared),
+            # A stroke while another is drawn is drawn next.
+            samples.select: gr.on(
+                samples.select,
+                paint_codes,
+                result,
+                outputs,
+                trigger_mode="always_last",
+                api_visibility="private",
+                **shared,
+            ),
+        }
+        for trigger, event in events.items():  # the latest wish counts
+            gr.on([other for other in events if other != trigger], None, cancels=event)
+        stop_button.click(None, cancels=list(events.values())).then(
+            lambda old: ('<p class="hint">Stopped.</p>', shown(old)), result, [status, samples], queue=False, **quick
         )
     return page.queue(max_size=MAX_WAITING)
+
+
+def launch(page: gr.Blocks, **options: Any) -> Any:
+    """Opens the page in its own look; `options` are those of gradio's `launch`."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
+    theme = gr.themes.Default(primary_hue="indigo", **fonts)
+    return page.launch(theme=theme, css_paths=FOLDER / "style.css", max_file_size="20mb", footer_links=[], **options)
 
 
 def serve(model: str) -> None:
     """Opens the page of a pipeline, a folder or a repository of the Hub."""
     pipe = DoDPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
-    build(pipe, model).launch(
-        theme=gr.themes.Default(primary_hue="indigo", **fonts), css_paths=CSS, max_file_size="20mb", footer_links=[]
-    )
+    launch(build(pipe, model))
