@@ -137,7 +137,7 @@ def table(rows: dict[str, dict], num_samples: int) -> str:
         same = "the same" if row["saved_equal"] else "differs"
         change = f"{row['change']:.4f}" if row["change"] else ""
         lines.append(f"| {name} | {row['megabytes']:.1f} | {change} | {row['fd']:.2f} | {same} |")
-    lines += ["", f"*{num_samples} digits, 12 steps a stage, without guidance; {versions()}.*"]
+    lines += ["", f"*{num_samples} digits, 12 steps per stage, without guidance; {versions()}.*"]
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from helpers import ON_CPU, process_context, tiny_embedder, tiny_pipeline, tiny_transformer
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
@@ -144,6 +145,19 @@ def test_other_settings_in_the_same_folder_are_refused(model, drawn, capsys):
     assert sample(model, drawn, "--guidance_scale", "2") == 2
     assert "holds images of another guidance_scale ([1.0])" in capsys.readouterr().err
     assert contents(drawn) == before
+
+
+def test_flags_of_guidance_are_refused_beside_a_guider(model, tmp_path, capsys):
+    pipe = DoDPipeline.from_pretrained(model)
+    pipe.guider = ClassifierFreeGuidance(2.0)
+    pipe.save_pretrained(tmp_path / "model")
+    settings = ["--num_images", 2, "--num_stages", 1, "--num_inference_steps", 2, "--batch_size", 2]
+    for flag in (["--guidance_scale", 1.5], ["--guidance_interval", 0, 0.5]):
+        assert sample(tmp_path / "model", tmp_path / "drawn", *settings, *flag) == 2
+        assert f"`{flag[0][2:]}` is given, but ClassifierFreeGuidance guides" in capsys.readouterr().err
+        assert not (tmp_path / "drawn").exists()
+    assert sample(tmp_path / "model", tmp_path / "drawn", *settings) == 0
+    assert json.loads((tmp_path / "drawn/sampling.json").read_text())["guidance_scale"] is None
 
 
 def test_random_classes_follow_from_the_seed():

@@ -31,7 +31,11 @@ def build_parser() -> Parser:
         type=number(float, 0),
         help="jit: deviation of its noise; default: 1 up to 256 pixels, 2 at 512",
     )
-    add("--embedder_preset", choices=PRESETS, help="size of the latent embedder; default: that of the nearest width")
+    add(
+        "--embedder_preset",
+        choices=PRESETS,
+        help="size of the latent embedder; default: the preset with the nearest width",
+    )
     add("--vae", help=vae)
     add("--vae_subfolder", help="where in it")
     add("--latents_stats", type=Path, help="file of the latents' mean and deviation, of LightningDiT or REPA-E")

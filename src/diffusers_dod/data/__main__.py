@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     add("--dataset_config_name", help="its configuration")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
-    add("--cache_dir", help="where downloads and prepared data are kept; default: that of `datasets`")
+    add("--cache_dir", help="where downloads and prepared data are kept; default: the `datasets` cache")
     add("--resolution", type=positive, default=256, help="side of the square images, by ADM's centre crop")
     add("--flips", action=switch, default=False, help="cache the mirror images too: twice the size")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")

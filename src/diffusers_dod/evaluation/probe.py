@@ -21,7 +21,7 @@ def build_parser() -> Parser:
     add("--model", required=True, help="a saved DoD pipeline, or a repository of the Hub")
     add("--train_data_dir", required=True, help="folder with one subfolder per class, or of `datasets.save_to_disk`")
     add("--test_data_dir", help="the same for the test; default: a fifth of the training images")
-    add("--max_images", type=number(int, 1), help="of each set; default: all")
+    add("--max_images", type=number(int, 1), help="images to use of each set; default: all")
     add("--batch_size", type=number(int, 1), default=64, help="images per forward")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the split and of the untrained embedder")

@@ -32,15 +32,20 @@ def build_parser() -> Parser:
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
     add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
-    add("--guidance_scale", type=real, nargs="+", default=[1.0], help="one value, or one per stage; not of a guider")
+    scale = "one value, or one per stage; refused with a guider, which has its own; default: 1, no guidance"
+    add("--guidance_scale", type=real, nargs="+", help=scale)
     add("--prior_guidance_scale", type=real, nargs="+", help="a scale of its own for the prior; default: none")
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
     add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")
-    interval = "part of the steps that is guided, from noise (0) to sample (1)"
-    add("--guidance_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], help=interval)
+    interval = "guided part of the steps, from noise (0) to sample (1); refused with a guider; default: 0 1"
+    add("--guidance_interval", type=number(float, 0, 1), nargs=2, help=interval)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")
     add(
-        "--dtype", "--torch_dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the models"
+        "--dtype",
+        "--torch_dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="type of the weights",
     )
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the transformer's blocks")
     add("--npz", action=argparse.BooleanOptionalAction, default=False, help="write ADM's .npz at the end")

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..cli import BadInput, bad_input
 from ..files import json_sha256, weights_sha256, whole_file, write_json
+from ..guidance import check_guidance
 from ..pipeline_dod import DoDPipeline
 from ..processes import end_together
 from ..randomness import row_generators
@@ -99,6 +100,14 @@ def sample(args: argparse.Namespace) -> None:
         pipe = DoDPipeline.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype)).to(
             state.device
         )
+        check_guidance(
+            *(pipe.guider, pipe.transformer, pipe.weak_transformer, args.guidance_scale, args.prior_guidance_scale),
+            guidance_drop=None,
+            guidance_interval=args.guidance_interval,
+        )
+    if pipe.guider is None:
+        args.guidance_scale = args.guidance_scale or [1.0]
+        args.guidance_interval = args.guidance_interval or [0.0, 1.0]
     if args.num_stages is None:
         args.prior_source = args.prior_source or ("stage" if pipe.code_transformer is None else "codes")
         args.num_stages = 2 if args.prior_source == "stage" else 1
@@ -130,10 +139,8 @@ def sample(args: argparse.Namespace) -> None:
     guidance = {
         "guidance_scale": for_stages(args.guidance_scale),
         "prior_guidance_scale": for_stages(args.prior_guidance_scale),
-        "guidance_interval": tuple(args.guidance_interval),
+        "guidance_interval": args.guidance_interval and tuple(args.guidance_interval),
     }
-    if pipe.guider is not None:  # it has its own
-        guidance = {}
 
     # 2. This process's images that are not there yet
     missing = [

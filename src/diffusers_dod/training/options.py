@@ -57,7 +57,7 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
     add("--label_column", default="label", help="column of the classes")
     add("--num_classes", type=INTEGER, help="classes of the model; default: the data's. 0 is unconditional")
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
-    add("--cache_dir", help="where downloads and prepared data are kept; default: that of `datasets`")
+    add("--cache_dir", help="where downloads and prepared data are kept; default: the `datasets` cache")
     resolution = "side of the square images, by ADM's centre crop; default: the model's, or near that of the images, 256 at most"
     add("--resolution", type=POSITIVE, help=resolution)
     add("--random_flip", action=SWITCH, default=False, help="mirror images at random")
@@ -74,11 +74,19 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
 
 
 def add_time_options(add: Callable[..., Any]) -> None:
-    add("--timestep_density", choices=("logit_normal", "uniform", "mode"), help="of sigma, flow only: logit_normal")
-    add("--logit_mean", type=SIGNED, help="of logit_normal: 0; above 0 is noisier")
-    add("--logit_std", type=REAL, help="of logit_normal: 1")
-    add("--mode_scale", type=SIGNED, help="of mode: 1.29")
-    add("--weighting", choices=("none", "cosmap", "sigma_sqrt"), help="of the loss by sigma, flow only: none")
+    add(
+        "--timestep_density",
+        choices=("logit_normal", "uniform", "mode"),
+        help="distribution of sigma, flow only; default: logit_normal",
+    )
+    add("--logit_mean", type=SIGNED, help="mean for logit_normal, above 0 is noisier; default: 0")
+    add("--logit_std", type=REAL, help="standard deviation for logit_normal; default: 1")
+    add("--mode_scale", type=SIGNED, help="scale for mode; default: 1.29")
+    add(
+        "--weighting",
+        choices=("none", "cosmap", "sigma_sqrt"),
+        help="weight of the loss by sigma, flow only; default: none",
+    )
 
 
 def add_optimisation_options(parser: Parser, images: bool = True) -> None:
@@ -113,7 +121,7 @@ def add_optimisation_options(parser: Parser, images: bool = True) -> None:
         default=20,
         help="skipped updates in a row (NaN, infinity, spikes) to bear",
     )
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: that of `accelerate config`")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: from `accelerate config`")
     add("--ema", action=SWITCH, default=True, help="average the weights; the averages are the result")
     add(
         "--ema_decay",
@@ -162,7 +170,7 @@ def add_output_options(parser: Parser) -> None:
     add(
         "--peak_tflops",
         type=number(float, 1e-3),
-        help="of one device, for the MFU; default: a table of GPUs in training/flops.py",
+        help="peak of one device, for the MFU; default: from a table of GPUs in training/flops.py",
     )
 
 

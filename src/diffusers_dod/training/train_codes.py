@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser, images=False)
     add = parser.add_argument_group("model").add_argument
-    add("--code_preset", choices=list(PRESETS), help="size; default: that of the nearest transformer")
+    add("--code_preset", choices=list(PRESETS), help="size; default: the preset with the nearest transformer")
     add("--code_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
     add("--compile", action=SWITCH, default=False, help="compile the blocks")
     add = parser.add_argument_group("objective").add_argument
