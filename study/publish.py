@@ -11,17 +11,19 @@ import statistics
 from pathlib import Path
 
 import torch
+import yaml
 from data_sets import DATA_SETS, DataSet
 from models import sample_labels
 from referee import Referee
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline
-from diffusers_dod.hub.card import build_card, training_table
+from diffusers_dod.hub.card import build_card
 from diffusers_dod.training.codes import nearest_distance
 from diffusers_dod.viz import code_maps, stage_grid
 
 
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 SEEDS = (0, 1, 2)
 # What a model was trained on, and its licence
 SOURCES = {
@@ -120,7 +122,7 @@ def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 
         tile.resize(output.images[0].size, 0)
         for tile in code_maps(output.codes, pipe.latent_embedder.code_grid(size, size))
     ]
-    stage_grid([maps, *rows], names, row_names=["codes", *["from them"] * 3]).save(path)
+    stage_grid([maps, *rows], names, row_names=["codes", *["samples"] * 3]).save(path)
 
 
 def main() -> None:
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="where the pictures or typefaces are, see data_sets.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_samples", type=int, default=1000, help="per seed")
+    parser.add_argument("--keep_figures", action="store_true", help="do not measure again")
     parser.add_argument("--classes", type=int, nargs="+", default=[*range(8)], help="in the picture")
     args = parser.parse_args()
 
@@ -137,25 +140,34 @@ def main() -> None:
     DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16).save_pretrained(args.output_dir)
     for name in ("block.py", "modular_config.json", "modular_model_index.json"):
         (args.output_dir / name).unlink(missing_ok=True)  # these name the folder that they lie in
+    for file in (*args.output_dir.glob("*/config.json"), args.output_dir / "model_index.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a folder of this machine
+        file.write_text(json.dumps(config, indent=2) + "\n")
     pipe = DoDPipeline.from_pretrained(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
 
     # 2. Figures and picture
-    evaluation = {
-        "reference": f"training images: {SOURCES[args.data]}",
-        "num_samples": args.num_samples,
-        "num_inference_steps": 30,
-        "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": torch.__version__},
-        "results": measure(pipe, DATA_SETS[args.data](args.source), args.num_samples),
-    }
-    (args.output_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+    if not args.keep_figures:
+        evaluation = {
+            "reference": f"training images: {SOURCES[args.data]}",
+            "num_samples": args.num_samples,
+            "num_inference_steps": 30,
+            "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": torch.__version__},
+            "results": measure(pipe, DATA_SETS[args.data](args.source), args.num_samples),
+        }
+        (args.output_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
     save_picture(pipe, args.classes, args.output_dir / "stages.png")
 
     # 3. How it was trained, and the card
-    config = json.loads((args.pipeline / "training_config.json").read_text())
-    backbone = json.loads((Path(config["pipeline"]) / "training_config.json").read_text())
-    training = {"data": SOURCES[args.data], **training_table(backbone)}
-    training |= {f"code model: {key}": config[key] for key in ("max_train_steps", "train_batch_size", "learning_rate")}
+    name = args.output_dir.name
+    recipes = {"backbone and embedder": f"{name}.yaml", "code model": f"{name}_codes.yaml"}
+    training = {"data": SOURCES[args.data], "seed": 0}
+    for part, recipe in recipes.items():
+        training[f"recipe, {part}"] = f"examples/recipes/{recipe}"
+        for key, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
+            if not key.endswith(("_steps", "_limit", "_path")) or key == "max_train_steps":
+                training[f"{key}, {part}"] = value if isinstance(value, str) else json.dumps(value)
     (args.output_dir / "training_config.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n")
     card = build_card(args.output_dir, args.output_dir.as_posix(), "apache-2.0", has_picture=True)
     (args.output_dir / "README.md").write_text(card)

@@ -1,17 +1,15 @@
 """The DoD pipeline: class labels to images in stages, each later stage guided by the sample of the one before."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -58,6 +56,600 @@ class DoDLoraLoaderMixin(SanaLoraLoaderMixin):
                 found = LoraConfig.from_pretrained(str(folder), **{name: kwargs.get(name) for name in names}).to_dict()
                 settings = {f"transformer.{name}": found[name] for name in PEFT_SETTINGS}
         return (state, settings) if with_settings else state
+"""The arguments of calls and constructors: each checked once, with the cure in the message."""
+
+import math
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+
+# Of counts and sizes: far above what fits a machine, and small enough that memory ends before a library's integers do.
+LARGEST = 2**24
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: one line of at most 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer from `least` to `LARGEST`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    if isinstance(value, (int, np.integer)):
+        return not isinstance(value, bool) and abs(int(value)) < 2**63  # torch's largest
+    return isinstance(value, (float, np.floating)) and math.isfinite(value)
+
+
+def per_stage(value: Any, num_stages: int) -> list:
+    """One entry per stage, of a list of them or of one value for all."""
+    return value if isinstance(value, list) else [value] * num_stages
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    if not is_count(value, least):
+        raise ValueError(f"`{name}` is {shown(value)}; it must be an integer from {least} to {LARGEST}.")
+
+
+def check_per_stage(num_stages: int, **values: Any) -> None:
+    """Lists have one entry per stage."""
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) != num_stages:
+            raise ValueError(
+                f"`{name}` has {len(value)} entries for {num_stages} stages: pass one entry per stage, or one value."
+            )
+
+
+def check_steps(num_inference_steps: Any, num_stages: int) -> None:
+    for steps in per_stage(num_inference_steps, num_stages):
+        check_count("num_inference_steps", steps)
+
+
+def check_scales(name: str, value: Any, num_stages: int, or_none: bool = False) -> None:
+    """Finite numbers; with `or_none` also `None`."""
+    for scale in per_stage(value, num_stages):
+        if not is_finite(scale) and not (or_none and scale is None):
+            raise ValueError(f"`{name}` is {shown(scale)}; every stage needs a finite number.")
+
+
+def check_intervals(guidance_interval: Any, num_stages: int) -> None:
+    for interval in per_stage(guidance_interval, num_stages):
+        is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_finite, interval))
+        if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` is {shown(interval)}; pass a tuple (start, stop) with 0 <= start <= stop <= 1, or a "
+                "list of them, one per stage."
+            )
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    # By type first: an array compares with each of its elements.
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(f"`{name}` is {shown(value)}; use {' or '.join(map(repr, choices))}.")
+
+
+def check_switches(**switches: Any) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, (int, np.bool_)):
+            raise ValueError(f"`{name}` is {shown(value)}; it must be True or False.")
+
+
+def check_sizes(least: int = 1, pair: tuple[str, ...] = ("sample_size",), **sizes: Any) -> None:
+    """Integers of at least `least`, for constructors; those named in `pair` may also be a height and a width."""
+    for name, value in sizes.items():
+        is_pair = name in pair and isinstance(value, (tuple, list)) and len(value) == 2
+        if not all(is_count(each, least) for each in (value if is_pair else (value,))):
+            raise ValueError(f"`{name}` is {shown(value)}; it must be an integer from {least} to {LARGEST}.")
+
+
+def check_numbers(above: float | None = None, **numbers: Any) -> None:
+    """Finite numbers, above a bound if there is one, for constructors."""
+    for name, value in numbers.items():
+        if not is_finite(value) or (above is not None and value <= above):
+            bound = "" if above is None else f" above {above:g}"
+            raise ValueError(f"`{name}` is {shown(value)}; it must be a finite number{bound}.")
+
+
+def check_list(name: str, values: Any, length: int, above: float = -math.inf) -> None:
+    """So many finite numbers, above a bound if there is one."""
+    is_list = isinstance(values, (list, tuple)) and len(values) == length
+    if not is_list or not all(is_finite(value) and value > above for value in values):
+        bound = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"`{name}` is {shown(values)}; it must be a list of {length} finite numbers{bound}.")
+
+
+def check_shares(**shares: Any) -> None:
+    """Numbers from 0 to 1."""
+    for name, value in shares.items():
+        if not is_finite(value) or not 0 <= value <= 1:
+            raise ValueError(f"`{name}` is {shown(value)}; it must be a number from 0 to 1.")
+
+
+def check_instance(name: str, value: Any, *classes: type) -> None:
+    if not isinstance(value, classes):
+        wanted = " or ".join(each.__name__ for each in classes)
+        raise TypeError(f"`{name}` is {shown(value)}; it must be a {wanted}.")
+
+
+def check_size(height: Any, width: Any, multiple: int) -> None:
+    """The size of an image that a VAE and patches must divide."""
+    if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
+        raise ValueError(f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}.")
+
+
+def check_generator(generator: Any, batch_size: int) -> None:
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise ValueError("`generator` must be a torch.Generator or a list of them, such as torch.manual_seed(0).")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"{len(generator)} generators for {batch_size} images: `generator` takes one, or one for each of the images."
+        )
+
+
+def check_callback(callback: Any, tensor_inputs: Any, known: list[str]) -> None:
+    """`callback_on_step_end` and the names of what it is passed."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"`callback_on_step_end` is {shown(callback)}; it must be a function or None.")
+    names = tensor_inputs if isinstance(tensor_inputs, (list, tuple)) else [tensor_inputs]
+    if unknown := [name for name in names if not isinstance(name, str) or name not in known]:
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` has {shown(unknown)}; pass a list of names from {known}."
+        )
+
+
+def changed_tensors(changed: Any, **tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors after a callback returned what it changed: a dict of some of them, each of the shape that it had."""
+    if not isinstance(changed, dict):
+        raise TypeError(
+            f"`callback_on_step_end` returned {shown(changed)}; it must return a dict, {{}} where it changes nothing."
+        )
+    for name, before in tensors.items():
+        after = changed.get(name, before)
+        if after is not before and (before is None or not torch.is_tensor(after) or after.shape != before.shape):
+            wanted = None if before is None else tuple(before.shape)
+            raise ValueError(f"`callback_on_step_end` returned other `{name}` than a tensor of {wanted}.")
+    return [changed.get(name, before) for name, before in tensors.items()]
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """A finite tensor of a shape."""
+    if not torch.is_tensor(value) or tuple(value.shape) != shape:
+        given = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        raise ValueError(f"`{name}` is {given}; for these arguments it must be a tensor of {shape}.")
+    if not value.is_floating_point() or value.is_meta or value.layout != torch.strided:
+        raise ValueError(f"`{name}` is {value.dtype} on {value.device}; it must hold floating-point numbers.")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values.")
+
+
+def check_rows(shape: tuple[int | None, ...], integers: bool = False, **tensors: Any) -> None:
+    """Tensors of a shape, in which `None` is any size, by type alone: a GPU would have to wait for a look at the values."""
+    for name, value in tensors.items():
+        fits = torch.is_tensor(value) and len(value.shape) == len(shape)
+        if not fits or any(size not in (None, given) for size, given in zip(shape, value.shape)):
+            given = tuple(value.shape) if torch.is_tensor(value) else shown(value)
+            wanted = f"({', '.join('any' if size is None else str(size) for size in shape)}{',' * (len(shape) == 1)})"
+            raise ValueError(f"`{name}` is {given}; it must be a tensor of {wanted}.")
+        is_integer = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        if is_integer != integers or value.is_complex() or value.dtype == torch.bool or value.layout != torch.strided:
+            kind = "integers" if integers else "floating-point numbers"
+            raise ValueError(f"`{name}` holds {value.dtype}; it must hold {kind}.")
+
+
+def check_sample(sample: torch.Tensor, scheduler: Any) -> None:
+    """A result is looked at: NaN would become a black picture without a word."""
+    if not torch.isfinite(sample).all():
+        raise ValueError(
+            f"The sample holds NaN or infinite values: {type(scheduler).__name__} diverged. Lower `guidance_scale`, take more "
+            "steps, leave out `use_karras_sigmas`, or use another scheduler; in float16, try bfloat16."
+        )
+"""Images to latents and back, through any of diffusers' image autoencoders, in the scale a diffusion model works in."""
+
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def _normalizes_itself(vae: ModelMixin) -> bool:
+    # AutoencoderRAE takes images in [0, 1] and applies its latent statistics and scaling within encode and decode.
+    return "encoder_norm_mean" in vae.config
+
+
+def vae_spatial_factor(vae: ModelMixin | None) -> int:
+    """Pixels along one side of a latent; 1 without an autoencoder."""
+    if vae is None:
+        return 1
+    if _normalizes_itself(vae):
+        return vae.config.patch_size
+    blocks = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    return 2 ** (len(blocks) - 1)
+
+
+def vae_latent_channels(vae: ModelMixin) -> int:
+    """Channels of the autoencoder's latents."""
+    return vae.config.encoder_hidden_size if _normalizes_itself(vae) else vae.config.latent_channels
+
+
+def make_image_processor(vae: ModelMixin | None, transformer: Any) -> VaeImageProcessor:
+    """What turns pictures into the autoencoder's input and its output into pictures, for a transformer of that config."""
+    return VaeImageProcessor(
+        vae_scale_factor=vae_spatial_factor(vae) * transformer.patch_size,
+        vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
+        do_convert_rgb=vae is not None or transformer.in_channels == 3,
+        do_convert_grayscale=vae is None and transformer.in_channels == 1,
+    )
+
+
+def _scale_shift(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """The pair (scale, shift) of `normalized = (latents - shift) * scale`."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return scale / std, mean
+    return scale, config.get("shift_factor") or 0.0
+
+
+def encode_posterior(vae: ModelMixin | None, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encodes images to the distribution of their normalized latents.
+
+    Args:
+        vae (`ModelMixin`, *optional*):
+            `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `AutoencoderRAE` or one that shares their interface;
+            `None` is pixel space, where the images are the latents.
+        images (`torch.Tensor`): `(batch, 3, height, width)` in [-1, 1].
+
+    Returns:
+        mean and standard deviation, each `(batch, channels, height/factor, width/factor)`; the deviation is `None` for
+        an autoencoder without a posterior, whose latents are the mean.
+    """
+    if vae is None:
+        return images, None
+    images = images.to(vae.dtype)
+    if _normalizes_itself(vae):
+        return vae.encode(images / 2 + 0.5, return_dict=False)[0], None
+    encoded = vae.encode(images, return_dict=False)[0]
+    mean, std = (encoded, None) if torch.is_tensor(encoded) else (encoded.mean, encoded.std)
+    scale, shift = _scale_shift(vae, mean)
+    return (mean - shift) * scale, None if std is None else std * scale
+
+
+def encode_images(
+    vae: ModelMixin | None,
+    images: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sample_posterior: bool = False,
+) -> torch.Tensor:
+    """Encodes images to normalized latents.
+
+    Args:
+        vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
+        generator (`torch.Generator` or a `list` of them, *optional*): for the posterior's sample.
+        sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
+
+    Returns:
+        `torch.Tensor`: `(batch, channels, height/factor, width/factor)`.
+    """
+    mean, std = encode_posterior(vae, images)
+    if std is None or not sample_posterior:
+        return mean
+    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+
+def decode_latents(vae: ModelMixin | None, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes normalized latents, the inverse of [`encode_images`].
+
+    Args:
+        vae (`ModelMixin`, *optional*): as for [`encode_posterior`].
+        latents (`torch.Tensor`): `(batch, channels, height, width)`.
+
+    Returns:
+        `torch.Tensor`: images, `(batch, 3, height*factor, width*factor)`, about [-1, 1].
+    """
+    if vae is None:
+        return latents
+    latents = latents.to(vae.dtype)
+    if _normalizes_itself(vae):
+        return vae.decode(latents, return_dict=False)[0] * 2 - 1
+    scale, shift = _scale_shift(vae, latents)
+    return vae.decode(latents / scale + shift, return_dict=False)[0]
+"""Do these components and this scheduler fit each other? Functions of classes and configs alone."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+from diffusers.guiders import BaseGuidance
+from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
+
+
+
+# Of `from_pretrained`. diffusers 0.42 deprecates the older name, which is the only one before it.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42.0.dev0") else "torch_dtype"
+# By which entry of its config a model is known; its class may be that of a repository's own code.
+TRANSFORMERS = ("transformer", "code_transformer", "weak_transformer")
+KNOWN_BY = {"latent_embedder": "bottleneck_dim", **dict.fromkeys(TRANSFORMERS, "num_classes")}
+
+
+def check_kinds(components: Mapping[str, Any]) -> None:
+    """Whether each component is of its kind at all; `None` is one that is not loaded.
+
+    Raises:
+        TypeError: naming the component.
+    """
+    for name, component in components.items():
+        if component is None:
+            continue
+        config: Any = getattr(component, "config", None)
+        kind, fits = "a scheduler of diffusers", isinstance(config, Mapping)
+        if "scheduler" in name:
+            fits = fits and callable(getattr(component, "set_timesteps", None)) and hasattr(component, "step")
+        elif name == "guider":
+            kind, fits = "a guider of diffusers", isinstance(component, BaseGuidance)
+        else:
+            kind = "an autoencoder of diffusers" if name == "vae" else "a model of diffusers_dod of that name"
+            fits = fits and isinstance(component, torch.nn.Module)
+            fits = fits and (hasattr(component, "decode") if name == "vae" else KNOWN_BY[name] in config)
+        if not fits:
+            raise TypeError(f"`{name}` is {shown(component)}; it must be {kind}.")
+
+
+def check_loaded(components: Mapping[str, Any]) -> None:
+    """Whether all is there that a call needs.
+
+    Raises:
+        ValueError: naming the component that is `None`.
+    """
+    needed = ["transformer", "latent_embedder", "scheduler"]
+    needed += ["code_scheduler"] if components["code_transformer"] is not None else []
+    for name in needed:
+        if components[name] is None:
+            raise ValueError(f"`{name}` is None: this pipeline needs one to draw.")
+
+
+def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:
+    """Compares the models that a pipeline is made of.
+
+    Args:
+        transformer, latent_embedder: configs of a [`DoDTransformer2DModel`] and a [`DoDLatentEmbedder`].
+        vae (`ModelMixin`, *optional*): the autoencoder.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    width = transformer.num_attention_heads * transformer.attention_head_dim
+    output_patch_size = latent_embedder.output_patch_size or latent_embedder.patch_size
+    for what, embedder_value, transformer_value in (
+        ("`output_dim`", latent_embedder.output_dim, width),
+        ("`in_channels`", latent_embedder.in_channels, transformer.in_channels),
+        ("`output_patch_size`", output_patch_size, transformer.patch_size),
+    ):
+        if embedder_value != transformer_value:
+            raise ValueError(
+                f"The latent embedder's {what} is {embedder_value} but the transformer needs {transformer_value}: "
+                "load the embedder that was trained with this transformer."
+            )
+    if vae is not None and vae_latent_channels(vae) != transformer.in_channels:
+        raise ValueError(
+            f"The VAE's latents have {vae_latent_channels(vae)} channels but the transformer takes "
+            f"{transformer.in_channels}: load the VAE that the transformer was trained on."
+        )
+
+
+def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: Any) -> None:
+    """Compares a model of codes with the models around it; all are configs.
+
+    Raises:
+        ValueError: naming what differs, or that the codes' statistics are missing.
+    """
+    channels = latent_embedder.bottleneck_dim
+    for what, code_value, value in (
+        ("`in_channels`", code_transformer.in_channels, channels),
+        ("`out_channels`", code_transformer.out_channels or code_transformer.in_channels, channels),
+        ("`num_classes`", code_transformer.num_classes, transformer.num_classes),
+    ):
+        if code_value != value:
+            raise ValueError(
+                f"The code model's {what} is {code_value} but the latent embedder and the transformer need {value}: load "
+                "the code model that was trained with them."
+            )
+    if latent_embedder.codes_mean is None or latent_embedder.codes_std is None:
+        raise ValueError(
+            "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: load the embedder "
+            "that was saved with the code model."
+        )
+
+
+def check_weak_model(weak_transformer: Any, transformer: Any) -> None:
+    """Compares a weaker model for autoguidance with the model that it guides; both are configs.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    width, weak_width = (
+        config.num_attention_heads * config.attention_head_dim for config in (transformer, weak_transformer)
+    )
+    for what, weak_value, value in (
+        ("`in_channels`", weak_transformer.in_channels, transformer.in_channels),
+        ("`patch_size`", weak_transformer.patch_size, transformer.patch_size),
+        ("`num_classes`", weak_transformer.num_classes, transformer.num_classes),
+        ("`prediction_type`", weak_transformer.prediction_type, transformer.prediction_type),
+        ("width", weak_width, width),
+    ):
+        if weak_value != value:
+            raise ValueError(
+                f"The weak transformer's {what} is {weak_value} but the transformer's is {value}: they see the same latents, "
+                "classes and prior tokens, so load an earlier checkpoint of it, or one of fewer layers."
+            )
+
+
+def check_code_grid(grid: tuple[int, int], patch_size: int, height: int, width: int) -> None:
+    """Whether the code model's patches cut the codes of an image of that height and width.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if grid[0] % patch_size or grid[1] % patch_size:
+        raise ValueError(
+            f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of {patch_size} does not "
+            "divide: choose another size, pass `codes`, or `prior_source='stage'`."
+        )
+
+
+def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a scheduler's config that its class reads.
+
+    A config made by `from_config` also carries the entries of the scheduler that it was made of.
+    """
+    parameters = inspect.signature(scheduler).parameters
+    return {key: value for key, value in config.items() if key in parameters}
+
+
+def scheduler_reads(scheduler: type, config: Mapping[str, Any], cure: str) -> str:
+    """What a scheduler takes for the model's output: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
+
+    Args:
+        scheduler (`type`), config (mapping): its class and config.
+        cure (`str`): what the message says to use instead.
+
+    Raises:
+        ValueError: if its config contradicts itself.
+    """
+    entries = scheduler_entries(scheduler, config)
+    # The flow-matching schedulers have no such entry; the others say "flow_prediction" and need flow sigmas.
+    prediction_type = entries.get("prediction_type", "flow_prediction")
+    flow_sigmas = entries.get("use_flow_sigmas", "prediction_type" not in entries)
+    reads = prediction_type.replace("flow_prediction", "flow")
+    if flow_sigmas != (reads == "flow"):
+        raise ValueError(
+            f"{scheduler.__name__} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={prediction_type!r}`, which "
+            f"contradict each other: use {cure}."
+        )
+    return reads
+
+
+def keeps_variance(scheduler: type, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler reads the second half of the output's channels as a learned variance."""
+    return scheduler_entries(scheduler, config).get("variance_type") in ("learned", "learned_range")
+
+
+# Schedulers of diffusers that have a `prediction_type` and are another model's own
+OF_OTHER_MODELS = ("SCMScheduler", "HeliosScheduler", "HeliosDMDScheduler", "UnCLIPScheduler")
+NOT_OF_SAMPLES = (
+    "PNDMScheduler EDMEulerScheduler EDMDPMSolverMultistepScheduler EulerAncestralDiscreteScheduler ".split()
+)
+NOT_OF_SAMPLES += ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+# Those of rectified flow, which have no `prediction_type`
+FLOW_ONLY = ("FlowMatch", "LTXEulerAncestralRF")
+OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def can_read(scheduler: type, predicts: str) -> bool:
+    """Whether a scheduler can be made so that it samples from noise with a model of this prediction."""
+    step = list(inspect.signature(getattr(scheduler, "step", lambda: None)).parameters.values())
+    needs = [p.name for p in step if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if "Inverse" in scheduler.__name__ or needs != ["self", "model_output", "timestep", "sample"]:
+        return False  # it goes from a sample to noise, or needs more than an image's denoising has
+    names = inspect.signature(scheduler).parameters
+    if "prediction_type" not in names:
+        is_foreign = scheduler.__module__.split(".")[0] != "diffusers"
+        return predicts == "flow" and (is_foreign or scheduler.__name__.startswith(FLOW_ONLY))
+    if scheduler.__name__ in OF_OTHER_MODELS or (predicts == "sample" and scheduler.__name__ in NOT_OF_SAMPLES):
+        return False
+    return predicts != "flow" or "use_flow_sigmas" in names
+
+
+def scheduler_cure(scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler") -> str:
+    """The expression that makes a scheduler for this transformer, of the same class if that can be.
+
+    Args:
+        scheduler (`type`), config (mapping): of the scheduler that does not fit.
+        transformer: config of the [`DoDTransformer2DModel`].
+        component (`str`, defaults to `"scheduler"`): its name in the pipeline.
+    """
+    predicts = transformer.prediction_type or scheduler_entries(scheduler, config).get("prediction_type", "flow")
+    predicts = predicts.replace("flow_prediction", "flow")
+    if not can_read(scheduler, predicts):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler if predicts == "flow" else diffusers.DDIMScheduler
+    names = inspect.signature(scheduler).parameters
+    wanted: dict[str, Any] = {}
+    if "prediction_type" in names:
+        wanted["prediction_type"] = "flow_prediction" if predicts == "flow" else predicts
+    if "use_flow_sigmas" in names:
+        wanted["use_flow_sigmas"] = predicts == "flow"
+        wanted |= dict.fromkeys(OTHER_SIGMAS, False) if predicts == "flow" else {}
+    wanted["use_dynamic_shifting"] = False
+    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
+        wanted["variance_type"] = "fixed_small" if issubclass(scheduler, DDPMScheduler) else None
+    # Only what is not so already; `from_config` takes the rest, or the class's own default, over.
+    changes = [
+        f"{name}={value!r}"
+        for name, value in wanted.items()
+        if name in names and config.get(name, names[name].default) != value
+    ]
+    return f"{scheduler.__name__}.from_config({', '.join([f'pipe.{component}.config', *changes])})"
+
+
+def _fits_variance(scheduler: type, transformer: Any) -> bool:
+    return issubclass(scheduler, DDPMScheduler) and transformer.out_channels == 2 * transformer.in_channels
+
+
+def check_scheduler(
+    scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler"
+) -> None:
+    """Compares a scheduler with the transformer's prediction.
+
+    Args:
+        scheduler (`type`), config (mapping): the scheduler's class and config.
+        transformer: config of the [`DoDTransformer2DModel`].
+        component (`str`, defaults to `"scheduler"`): the scheduler's name in the pipeline.
+
+    Raises:
+        ValueError: with the expression that makes a scheduler that fits.
+    """
+    name, predicts = scheduler.__name__, transformer.prediction_type
+    cure = f"`pipe.{component} = {scheduler_cure(scheduler, config, transformer, component)}`"
+    reads = scheduler_reads(scheduler, config, cure)
+    if not can_read(scheduler, reads):
+        raise ValueError(
+            f"{name} cannot sample with a model that predicts {predicts or reads!r}, however it is made: use {cure}."
+        )
+    if predicts not in (None, reads):
+        never = "" if can_read(scheduler, predicts) else " and cannot be made to read that"
+        raise ValueError(f"The transformer predicts {predicts!r} but {name} reads {reads!r}{never}: use {cure}.")
+    if scheduler_entries(scheduler, config).get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{name} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not give: use {cure}, "
+            "which has a fixed `shift`."
+        )
+    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
+        problem = "the transformer predicts none" if issubclass(scheduler, DDPMScheduler) else "does not use it"
+        raise ValueError(f"{name} has `variance_type={config['variance_type']!r}` but {problem}: use {cure}.")
+"""One run of a scheduler over a guided model, step by step; the pipeline and the modular blocks have the loop."""
+
+import inspect
+
+import torch
+from diffusers import SchedulerMixin
+
 """Guidance: what the branches of a step see, and how their predictions become one.
 
 A stage makes one of two: [`ScaleGuidance`], which is the pipeline's own, or [`GuiderGuidance`] around a guider of
@@ -376,6 +968,55 @@ def check_guider(guider: Any, transformer: ModelMixin) -> None:
         guider(batches)
     except RuntimeError as error:
         raise ValueError(f"{name} of this diffusers release cannot guide images: {error}") from error
+
+
+class Denoising:
+    """From standard normal noise to a sample.
+
+    Args:
+        scheduler (`SchedulerMixin`): starts anew, because multistep ones remember earlier predictions.
+        noise (`torch.Tensor`): standard normal, `(batch, channels, height, width)`.
+        num_inference_steps (`int`): steps of the scheduler.
+        generator (`torch.Generator` or a `list` of them, *optional*): noise of schedulers that draw some in each step.
+
+    Attributes:
+        timesteps (`torch.Tensor`): of the steps; some schedulers have more of them than `num_inference_steps`.
+        latents (`torch.Tensor`): the noise as the scheduler scales it, where the first step starts.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        noise: torch.Tensor,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+        # Only now, because a scheduler's noise scale may depend on its steps.
+        self.latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+        self._step_kwargs = {"generator": generator} if draws_noise else {}
+        self._keeps_variance = keeps_variance(type(scheduler), scheduler.config)
+
+    def step(
+        self,
+        index: int,
+        latents: torch.Tensor,
+        guidance: StageGuidance,
+        class_ids: torch.Tensor,
+        prior_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The latents after step `index`, which starts from 0."""
+        timestep, model_input = self.timesteps[index], latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            model_input = self.scheduler.scale_model_input(latents, timestep)
+        prediction, variance = guidance(model_input, timestep, index, len(self.timesteps), class_ids, prior_tokens)
+        if self._keeps_variance:
+            prediction = torch.cat([prediction, variance], dim=1)
+        return self.scheduler.step(prediction, timestep, latents, **self._step_kwargs, return_dict=False)[0]
 """Class labels of a call: ids, or names of `id2label` and their synonyms."""
 
 import difflib
@@ -384,6 +1025,23 @@ from typing import Any
 import numpy as np
 import torch
 
+
+
+def text_labels(id2label: Any) -> dict[str, str] | None:
+    """`id2label` with its ids as strings, which JSON makes of them; `None` if it is empty.
+
+    Raises:
+        ValueError: if it is no dict of ids to names.
+    """
+    if not isinstance(id2label, (dict, type(None))):
+        raise ValueError(f"`id2label` is {shown(id2label)}; it must be a dict of class ids to names.")
+    for class_id, name in (id2label or {}).items():
+        is_id = isinstance(class_id, (str, int)) and str(class_id).removeprefix("-").isdecimal()
+        if not is_id or not isinstance(name, str):
+            raise ValueError(
+                f"`id2label` has {shown(class_id)}: {shown(name)}; it must be a dict of class ids to names."
+            )
+    return {str(class_id): name for class_id, name in (id2label or {}).items()} or None
 
 
 def synonyms(id2label: dict[str, str]) -> dict[str, list[int]]:
@@ -414,10 +1072,12 @@ class ClassLabelsMixin:
         for name in [label] if isinstance(label, str) else label:
             matches = self.labels.get(name.strip(), [])
             if not self.labels:
-                raise ValueError(f"This pipeline has no label names, so {name!r} is unknown: pass class ids instead.")
+                raise ValueError(
+                    f"This pipeline has no label names, so {shown(name)} is unknown: pass class ids instead."
+                )
             if not matches:
                 near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
-                raise ValueError(f"{name!r} is not a label. The nearest are {', '.join(map(repr, near))}.")
+                raise ValueError(f"{shown(name)} is not a label. The nearest are {', '.join(map(shown, near))}.")
             if len(matches) > 1:
                 raise ValueError(f"{name!r} names the classes {matches}: pass one of these ids instead.")
             if self.transformer is not None and not 0 <= matches[0] < self.transformer.config.num_classes:
@@ -436,6 +1096,9 @@ class ClassLabelsMixin:
             ValueError: if the list is empty, an id is out of range or a name is unknown.
         """
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            is_plain = isinstance(class_labels, np.ndarray) or not (class_labels.is_sparse or class_labels.is_meta)
+            if class_labels.ndim > 1 or not is_plain:
+                raise ValueError(f"`class_labels` is {shown(class_labels)}; pass a tensor of class ids, `(images,)`.")
             class_labels = class_labels.tolist()
         if not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
@@ -453,7 +1116,7 @@ class ClassLabelsMixin:
                 ids.append(int(label))
             else:
                 raise ValueError(
-                    f"Class {label!r} is out of range: this model has {num_classes} classes, so pass an integer from 0 "
+                    f"Class {shown(label)} is out of range: this model has {num_classes} classes, so pass an integer from 0 "
                     f"to {num_classes - 1}, or None for an unconditional sample."
                 )
         return ids
@@ -465,116 +1128,6 @@ import numpy as np
 import PIL.Image
 import torch
 
-"""The arguments of a pipeline's call: each checked once, with the cure in the message."""
-
-import math
-from numbers import Integral, Real
-from typing import Any
-
-import torch
-
-
-def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value is an integer of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def per_stage(value: Any, num_stages: int) -> list:
-    """One entry per stage, of a list of them or of one value for all."""
-    return value if isinstance(value, list) else [value] * num_stages
-
-
-def check_count(name: str, value: Any) -> None:
-    if not is_count(value):
-        raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
-
-
-def check_per_stage(num_stages: int, **values: Any) -> None:
-    """Lists have one entry per stage."""
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) != num_stages:
-            raise ValueError(
-                f"`{name}` has {len(value)} entries for {num_stages} stages: pass one entry per stage, or one value."
-            )
-
-
-def check_steps(num_inference_steps: Any, num_stages: int) -> None:
-    for steps in per_stage(num_inference_steps, num_stages):
-        if not is_count(steps):
-            raise ValueError(f"`num_inference_steps` is {steps!r}; every stage needs an integer of at least 1.")
-
-
-def check_scales(name: str, value: Any, num_stages: int, or_none: bool = False) -> None:
-    """Finite numbers; with `or_none` also `None`."""
-    for scale in per_stage(value, num_stages):
-        if not is_finite(scale) and not (or_none and scale is None):
-            raise ValueError(f"`{name}` is {scale!r}; every stage needs a finite number.")
-
-
-def check_intervals(guidance_interval: Any, num_stages: int) -> None:
-    for interval in per_stage(guidance_interval, num_stages):
-        is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_finite, interval))
-        if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` is {interval!r}; pass a tuple (start, stop) with 0 <= start <= stop <= 1, or a "
-                "list of them, one per stage."
-            )
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; use {' or '.join(map(repr, choices))}.")
-
-
-def check_sizes(least: int = 1, **sizes: Any) -> None:
-    """Integers of at least `least`, for constructors; a pair of them is a size too."""
-    for name, value in sizes.items():
-        values = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
-        if not all(is_count(each, least) for each in values):
-            raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
-
-
-def check_numbers(above: float | None = None, **numbers: Any) -> None:
-    """Finite numbers, above a bound if there is one, for constructors."""
-    for name, value in numbers.items():
-        if not is_finite(value) or (above is not None and value <= above):
-            bound = "" if above is None else f" above {above:g}"
-            raise ValueError(f"`{name}` is {value!r}; it must be a finite number{bound}.")
-
-
-def check_generator(generator: Any, batch_size: int) -> None:
-    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(each, torch.Generator) for each in generators):
-        raise ValueError("`generator` must be a torch.Generator or a list of them, such as torch.manual_seed(0).")
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(
-            f"{len(generator)} generators for {batch_size} images: pass one, or one for each of the images."
-        )
-
-
-def check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """A finite tensor of a shape."""
-    if not torch.is_tensor(value) or tuple(value.shape) != shape:
-        given = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
-        raise ValueError(f"`{name}` is {given}; for these arguments it must be a tensor of {shape}.")
-    if not value.is_floating_point() or value.is_meta:
-        raise ValueError(f"`{name}` is {value.dtype} on {value.device}; it must hold floating-point numbers.")
-    if not torch.isfinite(value).all():
-        raise ValueError(f"`{name}` holds NaN or infinite values.")
-
-
-def check_sample(sample: torch.Tensor, scheduler: Any) -> None:
-    """A result is looked at: NaN would become a black picture without a word."""
-    if not torch.isfinite(sample).all():
-        raise ValueError(
-            f"The sample holds NaN or infinite values: {type(scheduler).__name__} diverged. Lower `guidance_scale`, take more "
-            "steps, leave out `use_karras_sigmas`, or use another scheduler; in float16, try bfloat16."
-        )
 """What a picture must be for a model to see it: upright, 8 bits per channel, opaque, gray or RGB, and not too large."""
 
 import PIL.Image
@@ -644,15 +1197,41 @@ def prepare_pictures(image: Any) -> list[PIL.Image.Image]:
     """A user's PIL picture, or a list of them, upright, opaque and of 8 bits per channel.
 
     Raises:
-        ValueError: for a picture that is too large, too narrow, damaged or of another mode, and for what is none.
+        ValueError: for a picture that is too large, too narrow, damaged or of another mode.
     """
-    pictures = image if isinstance(image, list) else [image]
-    if not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
-        raise ValueError("`image` mixes pictures with something else: pass a list of one kind.")
     try:
-        return [prepare_picture(picture) for picture in pictures]
+        return [prepare_picture(picture) for picture in (image if isinstance(image, list) else [image])]
     except (ValueError, OSError, SyntaxError) as error:  # the last two from a file that is decoded only now
         raise ValueError(f"`image` cannot be used: {error}.") from error
+
+
+def check_image(image: Any, is_gray: bool) -> None:
+    """Refuses what is neither pictures nor floating-point arrays or tensors, one or a list of one kind and shape.
+
+    Args:
+        image: what a user passed.
+        is_gray (`bool`): whether the model's pictures are, so that an array needs no channels.
+    """
+    items = image if isinstance(image, list) else [image]
+    if not items:
+        raise ValueError("`image` is an empty list: pass at least one picture.")
+    kind = next((kind for kind in (PIL.Image.Image, np.ndarray, torch.Tensor) if isinstance(items[0], kind)), None)
+    if kind is None or not all(isinstance(item, kind) for item in items):
+        raise ValueError(
+            "`image` is in incorrect format: pass a PIL picture, an array or a tensor, or a list of one kind."
+        )
+    for item in [] if kind is PIL.Image.Image else items:
+        dims = (2, 3, 4) if is_gray else (3, 4)
+        if item.ndim not in dims or 0 in item.shape or item.shape != items[0].shape:
+            raise ValueError(
+                f"`image` holds a shape of {tuple(item.shape)}: pass pictures, or arrays of pictures, of one size."
+            )
+        if kind is np.ndarray:
+            is_real = item.dtype.kind == "f"
+        else:
+            is_real = item.is_floating_point() and item.layout == torch.strided and not item.is_meta
+        if not is_real:
+            raise ValueError(f"`image` holds {item.dtype}: pass real numbers in [0, 1], divide an 8-bit image by 255.")
 
 
 class PriorInputsMixin:
@@ -716,8 +1295,7 @@ class PriorInputsMixin:
                 picture of more than 8 bits per channel, 50 megapixels, or sides of 50 to 1.
         """
         latent_shape = self._latent_shape(height, width)
-        if isinstance(image, list) and not image:
-            raise ValueError("`image` is an empty list: pass at least one picture.")
+        check_image(image, is_gray=self.image_processor.config.do_convert_grayscale)
         if torch.is_tensor(image) and (
             tuple(image.shape[-3:]) == latent_shape if self.vae is not None else bool((image < 0).any())
         ):
@@ -768,10 +1346,12 @@ class PriorInputsMixin:
     code_transformer/, weak_transformer/    the same, where there are such models
     scheduler/, code_scheduler/, vae/,      classes of diffusers, as in its other pipelines
     guider/
+    block.py, modular_config.json           blocks of Modular Diffusers, with all code that they need
+    modular_model_index.json                their components
 
-`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the code that is carried. `DoDPipeline` never does:
-it takes the models' classes from beside itself, whatever module the index names. The models' code is named as the package
-because `AutoModel` looks for the module of that name: the package, where it is imported, or the file.
+`DiffusionPipeline` and `ModularPipeline` run the code that is carried, with `trust_remote_code=True` only. `DoDPipeline`
+never does: it takes the models' classes from beside itself, whatever module the index names. The models' code is named as the
+package because `AutoModel` looks for the module of that name: the package, where it is imported, or the file.
 """
 
 import ast
@@ -784,341 +1364,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 
-"""Do these components and this scheduler fit each other? Functions of classes and configs alone."""
-
-import inspect
-from collections.abc import Mapping
-from typing import Any
-
-import diffusers
-from diffusers import DDPMScheduler
-from diffusers.models.modeling_utils import ModelMixin
-from packaging.version import Version
-
-"""Images to latents and back, through any of diffusers' image autoencoders, in the scale a diffusion model works in."""
-
-import torch
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.torch_utils import randn_tensor
-
-
-def _normalizes_itself(vae: ModelMixin) -> bool:
-    # AutoencoderRAE takes images in [0, 1] and applies its latent statistics and scaling within encode and decode.
-    return "encoder_norm_mean" in vae.config
-
-
-def vae_spatial_factor(vae: ModelMixin | None) -> int:
-    """Pixels along one side of a latent; 1 without an autoencoder."""
-    if vae is None:
-        return 1
-    if _normalizes_itself(vae):
-        return vae.config.patch_size
-    blocks = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
-    return 2 ** (len(blocks) - 1)
-
-
-def vae_latent_channels(vae: ModelMixin) -> int:
-    """Channels of the autoencoder's latents."""
-    return vae.config.encoder_hidden_size if _normalizes_itself(vae) else vae.config.latent_channels
-
-
-def _scale_shift(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """The pair (scale, shift) of `normalized = (latents - shift) * scale`."""
-    config = vae.config
-    scale = config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return scale / std, mean
-    return scale, config.get("shift_factor") or 0.0
-
-
-def encode_posterior(vae: ModelMixin | None, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encodes images to the distribution of their normalized latents.
-
-    Args:
-        vae (`ModelMixin`, *optional*):
-            `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `AutoencoderRAE` or one that shares their interface;
-            `None` is pixel space, where the images are the latents.
-        images (`torch.Tensor`): `(batch, 3, height, width)` in [-1, 1].
-
-    Returns:
-        mean and standard deviation, each `(batch, channels, height/factor, width/factor)`; the deviation is `None` for
-        an autoencoder without a posterior, whose latents are the mean.
-    """
-    if vae is None:
-        return images, None
-    images = images.to(vae.dtype)
-    if _normalizes_itself(vae):
-        return vae.encode(images / 2 + 0.5, return_dict=False)[0], None
-    encoded = vae.encode(images, return_dict=False)[0]
-    mean, std = (encoded, None) if torch.is_tensor(encoded) else (encoded.mean, encoded.std)
-    scale, shift = _scale_shift(vae, mean)
-    return (mean - shift) * scale, None if std is None else std * scale
-
-
-def encode_images(
-    vae: ModelMixin | None,
-    images: torch.Tensor,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    sample_posterior: bool = False,
-) -> torch.Tensor:
-    """Encodes images to normalized latents.
-
-    Args:
-        vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
-        generator (`torch.Generator` or a `list` of them, *optional*): for the posterior's sample.
-        sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
-
-    Returns:
-        `torch.Tensor`: `(batch, channels, height/factor, width/factor)`.
-    """
-    mean, std = encode_posterior(vae, images)
-    if std is None or not sample_posterior:
-        return mean
-    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-
-
-def decode_latents(vae: ModelMixin | None, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes normalized latents, the inverse of [`encode_images`].
-
-    Args:
-        vae (`ModelMixin`, *optional*): as for [`encode_posterior`].
-        latents (`torch.Tensor`): `(batch, channels, height, width)`.
-
-    Returns:
-        `torch.Tensor`: images, `(batch, 3, height*factor, width*factor)`, about [-1, 1].
-    """
-    if vae is None:
-        return latents
-    latents = latents.to(vae.dtype)
-    if _normalizes_itself(vae):
-        return vae.decode(latents, return_dict=False)[0] * 2 - 1
-    scale, shift = _scale_shift(vae, latents)
-    return vae.decode(latents / scale + shift, return_dict=False)[0]
-
-
-# Of `from_pretrained`. diffusers 0.42 deprecates the older name, which is the only one before it.
-DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42.0.dev0") else "torch_dtype"
-
-
-def check_components(transformer: Any, latent_embedder: Any, vae: ModelMixin | None) -> None:
-    """Compares the models that a pipeline is made of.
-
-    Args:
-        transformer, latent_embedder: configs of a [`DoDTransformer2DModel`] and a [`DoDLatentEmbedder`].
-        vae (`ModelMixin`, *optional*): the autoencoder.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    width = transformer.num_attention_heads * transformer.attention_head_dim
-    output_patch_size = latent_embedder.output_patch_size or latent_embedder.patch_size
-    for what, embedder_value, transformer_value in (
-        ("`output_dim`", latent_embedder.output_dim, width),
-        ("`in_channels`", latent_embedder.in_channels, transformer.in_channels),
-        ("`output_patch_size`", output_patch_size, transformer.patch_size),
-    ):
-        if embedder_value != transformer_value:
-            raise ValueError(
-                f"The latent embedder's {what} is {embedder_value} but the transformer needs {transformer_value}: "
-                "load the embedder that was trained with this transformer."
-            )
-    if vae is not None and vae_latent_channels(vae) != transformer.in_channels:
-        raise ValueError(
-            f"The VAE's latents have {vae_latent_channels(vae)} channels but the transformer takes "
-            f"{transformer.in_channels}: load the VAE that the transformer was trained on."
-        )
-
-
-def check_code_model(code_transformer: Any, transformer: Any, latent_embedder: Any) -> None:
-    """Compares a model of codes with the models around it; all are configs.
-
-    Raises:
-        ValueError: naming what differs, or that the codes' statistics are missing.
-    """
-    channels = latent_embedder.bottleneck_dim
-    for what, code_value, value in (
-        ("`in_channels`", code_transformer.in_channels, channels),
-        ("`out_channels`", code_transformer.out_channels or code_transformer.in_channels, channels),
-        ("`num_classes`", code_transformer.num_classes, transformer.num_classes),
-    ):
-        if code_value != value:
-            raise ValueError(
-                f"The code model's {what} is {code_value} but the latent embedder and the transformer need {value}: load "
-                "the code model that was trained with them."
-            )
-    if latent_embedder.codes_mean is None or latent_embedder.codes_std is None:
-        raise ValueError(
-            "The latent embedder's config has no `codes_mean` and `codes_std`, which a code model needs: load the embedder "
-            "that was saved with the code model."
-        )
-
-
-def check_weak_model(weak_transformer: Any, transformer: Any) -> None:
-    """Compares a weaker model for autoguidance with the model that it guides; both are configs.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    width, weak_width = (
-        config.num_attention_heads * config.attention_head_dim for config in (transformer, weak_transformer)
-    )
-    for what, weak_value, value in (
-        ("`in_channels`", weak_transformer.in_channels, transformer.in_channels),
-        ("`patch_size`", weak_transformer.patch_size, transformer.patch_size),
-        ("`num_classes`", weak_transformer.num_classes, transformer.num_classes),
-        ("`prediction_type`", weak_transformer.prediction_type, transformer.prediction_type),
-        ("width", weak_width, width),
-    ):
-        if weak_value != value:
-            raise ValueError(
-                f"The weak transformer's {what} is {weak_value} but the transformer's is {value}: they see the same latents, "
-                "classes and prior tokens, so load an earlier checkpoint of it, or one of fewer layers."
-            )
-
-
-def scheduler_entries(scheduler: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a scheduler's config that its class reads.
-
-    A config made by `from_config` also carries the entries of the scheduler that it was made of.
-    """
-    parameters = inspect.signature(scheduler).parameters
-    return {key: value for key, value in config.items() if key in parameters}
-
-
-def scheduler_reads(scheduler: type, config: Mapping[str, Any], cure: str) -> str:
-    """What a scheduler takes for the model's output: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
-
-    Args:
-        scheduler (`type`), config (mapping): its class and config.
-        cure (`str`): what the message says to use instead.
-
-    Raises:
-        ValueError: if its config contradicts itself.
-    """
-    entries = scheduler_entries(scheduler, config)
-    # The flow-matching schedulers have no such entry; the others say "flow_prediction" and need flow sigmas.
-    prediction_type = entries.get("prediction_type", "flow_prediction")
-    flow_sigmas = entries.get("use_flow_sigmas", "prediction_type" not in entries)
-    reads = prediction_type.replace("flow_prediction", "flow")
-    if flow_sigmas != (reads == "flow"):
-        raise ValueError(
-            f"{scheduler.__name__} has `use_flow_sigmas={flow_sigmas}` and `prediction_type={prediction_type!r}`, which "
-            f"contradict each other: use {cure}."
-        )
-    return reads
-
-
-def keeps_variance(scheduler: type, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler reads the second half of the output's channels as a learned variance."""
-    return scheduler_entries(scheduler, config).get("variance_type") in ("learned", "learned_range")
-
-
-# Schedulers of diffusers that have a `prediction_type` and are another model's own
-OF_OTHER_MODELS = ("SCMScheduler", "HeliosScheduler", "HeliosDMDScheduler", "UnCLIPScheduler")
-NOT_OF_SAMPLES = (
-    "PNDMScheduler EDMEulerScheduler EDMDPMSolverMultistepScheduler EulerAncestralDiscreteScheduler ".split()
-)
-NOT_OF_SAMPLES += ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
-# Those of rectified flow, which have no `prediction_type`
-FLOW_ONLY = ("FlowMatch", "LTXEulerAncestralRF")
-OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
-
-def can_read(scheduler: type, predicts: str) -> bool:
-    """Whether a scheduler can be made so that it samples from noise with a model of this prediction."""
-    step = list(inspect.signature(getattr(scheduler, "step", lambda: None)).parameters.values())
-    needs = [p.name for p in step if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if "Inverse" in scheduler.__name__ or needs != ["self", "model_output", "timestep", "sample"]:
-        return False  # it goes from a sample to noise, or needs more than an image's denoising has
-    names = inspect.signature(scheduler).parameters
-    if "prediction_type" not in names:
-        is_foreign = scheduler.__module__.split(".")[0] != "diffusers"
-        return predicts == "flow" and (is_foreign or scheduler.__name__.startswith(FLOW_ONLY))
-    if scheduler.__name__ in OF_OTHER_MODELS or (predicts == "sample" and scheduler.__name__ in NOT_OF_SAMPLES):
-        return False
-    return predicts != "flow" or "use_flow_sigmas" in names
-
-
-def scheduler_cure(scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler") -> str:
-    """The expression that makes a scheduler for this transformer, of the same class if that can be.
-
-    Args:
-        scheduler (`type`), config (mapping): of the scheduler that does not fit.
-        transformer: config of the [`DoDTransformer2DModel`].
-        component (`str`, defaults to `"scheduler"`): its name in the pipeline.
-    """
-    predicts = transformer.prediction_type or scheduler_entries(scheduler, config).get("prediction_type", "flow")
-    predicts = predicts.replace("flow_prediction", "flow")
-    if not can_read(scheduler, predicts):
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler if predicts == "flow" else diffusers.DDIMScheduler
-    names = inspect.signature(scheduler).parameters
-    wanted: dict[str, Any] = {}
-    if "prediction_type" in names:
-        wanted["prediction_type"] = "flow_prediction" if predicts == "flow" else predicts
-    if "use_flow_sigmas" in names:
-        wanted["use_flow_sigmas"] = predicts == "flow"
-        wanted |= dict.fromkeys(OTHER_SIGMAS, False) if predicts == "flow" else {}
-    wanted["use_dynamic_shifting"] = False
-    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
-        wanted["variance_type"] = "fixed_small" if issubclass(scheduler, DDPMScheduler) else None
-    # Only what is not so already; `from_config` takes the rest, or the class's own default, over.
-    changes = [
-        f"{name}={value!r}"
-        for name, value in wanted.items()
-        if name in names and config.get(name, names[name].default) != value
-    ]
-    return f"{scheduler.__name__}.from_config({', '.join([f'pipe.{component}.config', *changes])})"
-
-
-def _fits_variance(scheduler: type, transformer: Any) -> bool:
-    return issubclass(scheduler, DDPMScheduler) and transformer.out_channels == 2 * transformer.in_channels
-
-
-def check_scheduler(
-    scheduler: type, config: Mapping[str, Any], transformer: Any, component: str = "scheduler"
-) -> None:
-    """Compares a scheduler with the transformer's prediction.
-
-    Args:
-        scheduler (`type`), config (mapping): the scheduler's class and config.
-        transformer: config of the [`DoDTransformer2DModel`].
-        component (`str`, defaults to `"scheduler"`): the scheduler's name in the pipeline.
-
-    Raises:
-        ValueError: with the expression that makes a scheduler that fits.
-    """
-    name, predicts = scheduler.__name__, transformer.prediction_type
-    cure = f"`pipe.{component} = {scheduler_cure(scheduler, config, transformer, component)}`"
-    reads = scheduler_reads(scheduler, config, cure)
-    if not can_read(scheduler, reads):
-        raise ValueError(
-            f"{name} cannot sample with a model that predicts {predicts or reads!r}, however it is made: use {cure}."
-        )
-    if predicts not in (None, reads):
-        never = "" if can_read(scheduler, predicts) else " and cannot be made to read that"
-        raise ValueError(f"The transformer predicts {predicts!r} but {name} reads {reads!r}{never}: use {cure}.")
-    if scheduler_entries(scheduler, config).get("use_dynamic_shifting"):
-        raise ValueError(
-            f"{name} has `use_dynamic_shifting=True`, for which it needs a `mu` that this pipeline does not give: use {cure}, "
-            "which has a fixed `shift`."
-        )
-    if keeps_variance(scheduler, config) and not _fits_variance(scheduler, transformer):
-        problem = "the transformer predicts none" if issubclass(scheduler, DDPMScheduler) else "does not use it"
-        raise ValueError(f"{name} has `variance_type={config['variance_type']!r}` but {problem}: use {cure}.")
 
 
 INDEX_NAME = "model_index.json"
 MODEL_CLASSES = ("DoDTransformer2DModel", "DoDLatentEmbedder")
 # Where both are in the package, and beside a repository's own `pipeline.py`
 MODELS_NAME, CARRIED_NAME = "models_dod", "diffusers_dod"
+# Of the blocks: their file in this package and in a repository, their module's name wherever it was loaded from, and
+# diffusers' names of what describes them.
+BLOCKS_SOURCE, BLOCK_NAME, BLOCK_MODULE = "modular_dod.py", "block.py", "diffusers_dod_block"
+BLOCK_CONFIG_NAME, MODULAR_INDEX_NAME = "modular_config.json", "modular_model_index.json"
 
 
 def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
@@ -1129,12 +1389,15 @@ def standalone_source(file: Path, inlined: set[str] | None = None) -> str:
     inlined = set() if inlined is None else inlined
     source = file.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
+    texts = []
+    # In their order: a module stands where it is first needed.
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None:
             is_new = node.module not in inlined
             inlined.add(node.module)
-            text = standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""
-            lines[node.lineno - 1 : node.end_lineno] = [text]
+            texts.append((node, standalone_source(file.with_name(f"{node.module}.py"), inlined) if is_new else ""))
+    for node, text in reversed(texts):
+        lines[node.lineno - 1 : node.end_lineno] = [text]
     return "".join(lines)
 
 
@@ -1152,6 +1415,58 @@ def carried_code(index: dict[str, Any], pipeline_file: str | None = None) -> dic
     return {"pipeline.py": standalone_source(file), **{f"{name}/{CARRIED_NAME}.py": models for name in folders}}
 
 
+def carried_blocks(
+    index: dict[str, Any], source: str | None, revision: str | None = None, pipeline_file: str | None = None
+) -> dict[str, str]:
+    """The blocks that a repository carries and what describes them, by its path there.
+
+    Args:
+        index, source, revision: as for [`modular_files`].
+        pipeline_file (`str`, *optional*): as for [`carried_code`]; a repository's own pipeline has no blocks beside it.
+    """
+    blocks = Path(pipeline_file or __file__).with_name(BLOCKS_SOURCE)
+    if not blocks.is_file():
+        return {}
+    files = {name: json_text(value) for name, value in modular_files(index, source, revision).items()}
+    return {BLOCK_NAME: standalone_source(blocks), **files}
+
+
+def modular_files(index: dict[str, Any], source: str | None, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """What diffusers must know of the blocks, by the name of its file.
+
+    Args:
+        index (`dict`): what `model_index.json` holds.
+        source (`str`, *optional*): folder or repository from which the components are loaded.
+        revision (`str`, *optional*): its branch.
+    """
+    modular_index = {
+        "_class_name": "ModularPipeline",
+        "_blocks_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": index.get("id2label"),
+    }
+    for component, entry in index.items():
+        if isinstance(entry, list) and not component.startswith("_") and entry[0] is not None:
+            where = {"pretrained_model_name_or_path": source, "subfolder": component, "revision": revision}
+            hint = modular_class(*entry)
+            modular_index[component] = [*hint, {**where, "variant": None, "type_hint": hint}]
+    config = {
+        "_class_name": "DoDStages",
+        "_diffusers_version": diffusers.__version__,
+        "auto_map": {"ModularPipelineBlocks": "block.DoDStages"},
+    }
+    return {BLOCK_CONFIG_NAME: config, MODULAR_INDEX_NAME: modular_index}
+
+
+def modular_class(library: str, name: str) -> list[str]:
+    """How `modular_model_index.json` names a class: ours by the blocks' module, which is loaded by then."""
+    return [BLOCK_MODULE if name in MODEL_CLASSES else library, name]
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
     """Writes the code of a saved pipeline into its folder, and its name into the index.
 
@@ -1163,7 +1478,7 @@ def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> N
     index = index_with_code(json.loads(index_file.read_text(encoding="utf-8")))
     for path, text in carried_code(index, pipeline_file).items():
         Path(folder, path).write_text(text, encoding="utf-8")
-    index_file.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    index_file.write_text(json_text(index), encoding="utf-8")
 
 
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
@@ -1411,7 +1726,12 @@ class DoDRepositoryMixin:
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **weights)  # type: ignore[misc]
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
-            write_code(save_directory, str(sys.modules[type(self).__module__].__file__))
+            pipeline_file = str(sys.modules[type(self).__module__].__file__)
+            write_code(save_directory, pipeline_file)
+            index = json.loads(Path(save_directory, INDEX_NAME).read_text(encoding="utf-8"))
+            blocks = carried_blocks(index, str(save_directory), pipeline_file=pipeline_file)
+            for path, text in blocks.items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs
@@ -1419,7 +1739,7 @@ class DoDRepositoryMixin:
 
 
 # Class guidance where a call gives none: of stage 1, of a stage after another, and of one that starts from codes.
-FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 1.25
+FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 2.0
 
 
 EXAMPLE_DOC_STRING = """
@@ -1492,29 +1812,30 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         transformer: ModelMixin,
         latent_embedder: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: Optional[ModelMixin] = None,  # noqa: UP045 - diffusers before 0.37 cannot load with `X | None` here
-        id2label: Optional[dict[Any, str]] = None,  # noqa: UP045
-        code_transformer: Optional[ModelMixin] = None,  # noqa: UP045
-        code_scheduler: Optional[SchedulerMixin] = None,  # noqa: UP045
-        guider: Optional[BaseGuidance] = None,  # noqa: UP045
-        weak_transformer: Optional[ModelMixin] = None,  # noqa: UP045
+        vae: ModelMixin | None = None,
+        id2label: dict[Any, str] | None = None,
+        code_transformer: ModelMixin | None = None,
+        code_scheduler: SchedulerMixin | None = None,
+        guider: BaseGuidance | None = None,
+        weak_transformer: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(
-            transformer=transformer,
-            latent_embedder=latent_embedder,
-            scheduler=scheduler,
-            vae=vae,
-            code_transformer=code_transformer,
-            code_scheduler=code_scheduler,
-            guider=guider,
-            weak_transformer=weak_transformer,
-        )
-        # JSON turns integer keys into strings, so they are strings from the start.
-        id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None)
+        components = {
+            "transformer": transformer,
+            "latent_embedder": latent_embedder,
+            "scheduler": scheduler,
+            "vae": vae,
+            "code_transformer": code_transformer,
+            "code_scheduler": code_scheduler,
+            "guider": guider,
+            "weak_transformer": weak_transformer,
+        }
+        check_kinds(components)
+        self.register_modules(**components)
+        id2label = text_labels(id2label)
+        self.register_to_config(id2label=id2label)
 
-        self.labels = synonyms(id2label)
+        self.labels = synonyms(id2label or {})
         if transformer is None or latent_embedder is None:
             return
         check_components(transformer.config, latent_embedder.config, vae)
@@ -1522,14 +1843,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_code_model(code_transformer.config, transformer.config, latent_embedder.config)
         if weak_transformer is not None:
             check_weak_model(weak_transformer.config, transformer.config)
-        channels = transformer.config.in_channels
         self.spatial_factor = vae_spatial_factor(vae)
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.spatial_factor * transformer.config.patch_size,
-            vae_latent_channels=0,  # `prepare_image_latents` tells latents from pictures itself
-            do_convert_rgb=vae is not None or channels == 3,
-            do_convert_grayscale=vae is None and channels == 1,
-        )
+        self.image_processor = make_image_processor(vae, transformer.config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
@@ -1593,6 +1908,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         latents,
         image,
         output_type,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         prior_source,
         codes,
@@ -1616,35 +1932,22 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_intervals(guidance_interval, num_stages)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         check_generator(generator, batch_size)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be passed."
-            )
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
         patch_size = self.transformer.config.patch_size
         if num_stages > 1 or prior_source == "codes":  # or a size that only the embedder cannot cut would fail late
             patch_size = math.lcm(patch_size, self.latent_embedder.config.patch_size)
-        multiple = self.spatial_factor * patch_size
-        if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
-            raise ValueError(
-                f"A {height}x{width} image does not fit: height and width must be multiples of {multiple}."
-            )
+        check_size(height, width, self.spatial_factor * patch_size)
         if latents is not None:
             check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
-            check_scales("code_guidance_scale", code_guidance_scale, 1)
+            check_numbers(code_guidance_scale=code_guidance_scale)
             scheduler, transformer = self.code_scheduler, self.code_transformer
             check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
-            code_patch_size = self.code_transformer.config.patch_size
             grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
-            if grid[0] % code_patch_size or grid[1] % code_patch_size:
-                raise ValueError(
-                    f"A {height}x{width} image has {grid[0]}x{grid[1]} codes, which the code model's patch of "
-                    f"{code_patch_size} does not divide: choose another size, pass `codes`, or `prior_source='stage'`."
-                )
+            check_code_grid(grid, self.code_transformer.config.patch_size, height, width)
         channels = self.transformer.config.in_channels
         if output_type == "pil" and self.vae is None and channels not in (1, 3):
             raise ValueError(
@@ -1723,38 +2026,22 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """Runs one stage, or the code model, from standard normal noise to its sample, with the scales of the moment."""
-        # Every stage starts the scheduler anew: multistep ones remember earlier predictions.
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # else it looks the first timestep up, for which a GPU must stop
-        # Only now, because a scheduler's noise scale may depend on its steps.
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        timesteps = scheduler.timesteps
-        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(timesteps)
-        step_parameters = inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if "generator" in step_parameters else {}
-        has_variance = keeps_variance(type(scheduler), scheduler.config)
+        run = Denoising(scheduler, latents, num_inference_steps, generator)
+        latents = run.latents
+        first_step, self._num_timesteps = self._num_timesteps, self._num_timesteps + len(run.timesteps)
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.progress_bar(total=len(run.timesteps)) as progress_bar:
             stage = f"Stage {self._current_stage}/{self._num_stages}" if self._current_stage else "Codes"
             progress_bar.set_description(stage)
-            for i, timestep in enumerate(timesteps):
+            for i, timestep in enumerate(run.timesteps):
                 self._current_timestep = timestep
-                model_input = latents
-                if hasattr(scheduler, "scale_model_input"):
-                    model_input = scheduler.scale_model_input(latents, timestep)
-                prediction, variance = guidance(model_input, timestep, i, len(timesteps), class_ids, prior_tokens)
-                if has_variance:
-                    prediction = torch.cat([prediction, variance], dim=1)
-                latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-
+                latents = run.step(i, latents, guidance, class_ids, prior_tokens)
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
-                    latents = changed.pop("latents", latents)
-                    prior_tokens = changed.pop("prior_tokens", prior_tokens)
+                    latents, prior_tokens = changed_tensors(changed, latents=latents, prior_tokens=prior_tokens)
                 progress_bar.update()
                 if self._interrupt:
                     break
@@ -1763,9 +2050,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
 
     def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Samples of a stage in the form that `output_type` names."""
+        check_sample(latents, self.scheduler)
         if output_type == "latent":
             return latents
-        check_sample(latents, self.scheduler)
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
     @torch.no_grad()
@@ -1806,7 +2093,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry per stage or one for all.
             guidance_scale (`float` or `list` of `float`, *optional*):
                 Strength of classifier-free guidance; 1 turns it off. One entry per stage or one for all. By default 1.5 in
-                a stage without a prior and 1.25 in one with a prior, which needs less. A guider has its own.
+                a stage without a prior, 1.25 in a stage after another, and 2 in one that starts from codes. A guider has its own.
             prior_guidance_scale (`float` or `list` of `float`, *optional*):
                 A scale of its own for the prior, at the cost of a third row per sample; `guidance_scale` is then the
                 class's alone and `guidance_drop` is not read.
@@ -1856,6 +2143,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             ValueError: for arguments that do not fit the model, the scheduler or each other.
         """
         # 1. What to make, and whether it can be made
+        check_loaded(self.components)
         label_ids = self.prepare_class_labels(class_labels)
         check_count("num_images_per_prompt", num_images_per_prompt)
         batch_size = len(label_ids) * num_images_per_prompt
@@ -1878,6 +2166,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             guidance_interval,
         )
         guidance_interval = DEFAULT_INTERVAL if guidance_interval is None else guidance_interval
+        check_switches(return_dict=return_dict, return_stages=return_stages)
+        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             batch_size,
             num_stages,
@@ -1891,7 +2181,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             latents,
             image,
             output_type,
-            callback_on_step_end_tensor_inputs,
+            *on_step_end,
             prior_source,
             codes,
             code_num_inference_steps,
@@ -1907,7 +2197,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         latent_size = self._latent_shape(height, width)[1:]
         self._num_stages, self._num_timesteps, self._interrupt = num_stages, 0, False
         self._current_timestep, self._current_stage = None, 0
-        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 2. What stands for the first stage's sample: codes, or a user's picture
         prior_latents, first_stage = None, 1
