@@ -242,14 +242,17 @@ TRANSFORMER = {
     "timestep_scale": (1.0, -0.001),
     "timestep_offset": (0.0, 1),
     "prediction_type": (None, "flow", "epsilon", "v_prediction", "sample"),
-    "pos_embed_type": ("rope", "sincos"),
+    "pos_embed_type": ("rope", "sincos", "rope_sincos"),
     "base_size": (16, 2),
     "activation_fn": ("swiglu", "gelu-approximate"),
-    "qk_norm": (None, "layer_norm"),
+    "qk_norm": (None, "layer_norm", "rms_norm"),
     "adaln_type": ("low_rank", "full"),
-    "freq_shift": (0, 1),
-    "ff_norm_eps": (1e-6, 1e-5),
     "x_prediction": (False, True),
+    "norm_type": ("layer_norm", "rms_norm"),
+    "patch_bottleneck_dim": (None, 3),
+    "in_context_len": (0, 2),
+    "in_context_start": (0, 1),
+    "noise_scale": (1.0, 2.0),
 }
 EMBEDDER = {
     "sample_size": (8, (8, 4)),
@@ -341,6 +344,8 @@ COMPONENTS = {
     "id2label": (None, {}, {0: "cat"}, {"1": "dog, hound"}),
     "code_transformer": (None, PIPE.code_transformer, PIPE.transformer),
     "code_scheduler": (None, PIPE.code_scheduler),
+    "guider": (None, diffusers.ClassifierFreeGuidance()),
+    "weak_transformer": (None, PIPE.transformer),
 }
 
 

@@ -199,7 +199,7 @@ def test_a_training_step_stops_for_its_log_only(name):
     from diffusers_dod.training.step import GradientStep, StepSums, TrainingModule, draw_step, losses
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = parse_args([*ARGUMENTS, "--gradient_accumulation_steps", "2", *TRAININGS[name]])
+    args = parse_args([*ARGUMENTS, "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", *TRAININGS[name]])
     args.prediction_type = args.prediction_type or "flow"
     resolve_objective(args)
     accelerator = build_accelerator(args)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_transformer, tiny_vae
+from original_models import load_original
+from safetensors.torch import save_file
 from training_runs import EMBEDDER, TRANSFORMER, write_digits
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
@@ -28,7 +30,6 @@ from diffusers_dod.cli import run
 PARSED, RUN = (1, int(os.environ["DOD_FLAGS"])) if "DOD_FLAGS" in os.environ else (7, 14)
 WRONG = ["", " ", "x", "-1", "0", "1", "0.5", "nan", "inf", "-inf", "1e400", "9" * 20, "null", "[1]", "{", '{"x": 1}']
 WRONG += ["missing/file", "folder", "file", "bytes", "list.json", "loop", "x" * 300, "a\nb", "\udcff", "--seed"]
-CHECKPOINTS = Path(__file__).parent / "conversion" / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def lines(tmp_path_factory):
         code_transformer=tiny_transformer(in_channels=2, sample_size=2, patch_size=1, num_classes=3),
     )
     pipe.save_pretrained(folder / "model")
+    save_file(load_original("sit").weights, folder / "sit.safetensors")
     tiny_vae().save_pretrained(folder / "vae")
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
     Dinov2Model(config).save_pretrained(folder / "dino")
@@ -89,7 +91,7 @@ def lines(tmp_path_factory):
         + ["--code_num_inference_steps", "1"],
         "evaluate": [*samples, "--metrics", "fd"],
         "probe": ["probe", "--model", model, *data],
-        "convert": ["convert", "sit", str(CHECKPOINTS / "sit.safetensors"), "out", "--num_attention_heads", "2"],
+        "convert": ["convert", "sit", str(folder / "sit.safetensors"), "out", "--num_attention_heads", "2"],
         "hub check": ["hub", "check", model, "--license", "mit"],
         "hub push": ["hub", "push", model, "user/model", "--license", "mit", "--dry_run"],
         "viz": ["viz", "--model", model, "--output_dir", "out", "--num_inference_steps", "1", "--classes", "0"],

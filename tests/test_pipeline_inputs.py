@@ -81,7 +81,7 @@ BAD_INPUTS = {
     "negative class": ({"class_labels": [0, -1]}, "Class -1 is out of range"),
     "float class": ({"class_labels": 1.0}, "Class 1.0 is out of range"),
     "bool class": ({"class_labels": True}, "Class True is out of range"),
-    "nested classes": ({"class_labels": torch.zeros(2, 2, dtype=torch.long)}, "out of range"),
+    "nested classes": ({"class_labels": torch.zeros(2, 2, dtype=torch.long)}, "pass a tensor of class ids"),
     "no stage": ({"num_stages": 0}, "`num_stages` is 0"),
     "float stages": ({"num_stages": 2.0}, "`num_stages` is 2.0"),
     "bool stages": ({"num_stages": True}, "`num_stages` is True"),

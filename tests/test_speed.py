@@ -104,8 +104,8 @@ def test_steps_do_not_wait_for_the_device():
     pipe = tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
     few, many = count_operations(pipe, 2), count_operations(pipe, 5)
     assert many["aten.addmm.default"] > few["aten.addmm.default"]
-    for name in WAITING:
-        assert name not in many
+    for name in WAITING:  # a look at the result, whether it is finite, is all that the host waits for
+        assert many.get(name, 0) == few.get(name, 0) <= 1
     # Nor is anything copied to the device in each step.
     for name in ("aten._to_copy.default", "aten.lift_fresh.default"):
         assert many.get(name) == few.get(name)

@@ -19,10 +19,18 @@ class CommandError(Exception):
     """What the user must know: printed as one line without a traceback, and the exit status.
 
     Where several processes run one command, the first of them prints what all of them met.
+
+    Args:
+        message (`str`): the line.
+        details (`str`): further lines, indented, such as each of several problems.
     """
 
     status = 1
     met_by_all = True
+
+    def __init__(self, message: str, *details: str):
+        super().__init__(message)
+        self.details = details
 
 
 class BadInput(CommandError):
@@ -127,12 +135,13 @@ def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | No
         prog (`str`): name of the command, for messages.
         argv (`list` of `str`, *optional*): its arguments, those of the process by default.
     """
+    details: tuple[str, ...] = ()
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except CommandError as error:
         if error.met_by_all and os.environ.get("RANK", "0") != "0":
             return error.status
-        message, status = str(error), error.status
+        message, status, details = str(error), error.status, error.details
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
@@ -141,6 +150,6 @@ def run(main: Callable[[list[str]], int | None], prog: str, argv: list[str] | No
         if not is_worker and not is_outside and not isinstance(error, OSError):
             raise
         message, status = first_line(error), WorkerLost.status if is_worker else BadInput.status
-    # One line, whatever the names in it are.
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    for start, line in ((f"{prog}: error: ", message), *(("  ", detail) for detail in details)):
+        print(f"{start}{' '.join(line.split())}", file=sys.stderr)  # one line, whatever the names in it are
     return status

@@ -485,12 +485,12 @@ def test_a_space_would_start_this_with_the_gradio_that_was_tested():
 
 
 RUDE = {
-    "a class that is none": (0, True),
-    "no stages": (3, None),
-    "no steps": (5, None),
-    "guidance of NaN": (9, float("nan")),
-    "guidance of True": (9, True),
-    "no guidance": (10, None),
+    "a class that is none": (1, True),
+    "no stages": (7, None),
+    "no steps": (9, None),
+    "guidance of NaN": (13, float("nan")),
+    "guidance of True": (13, True),
+    "no guidance": (14, None),
 }
 
 
@@ -499,7 +499,7 @@ def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name
     """What gradio itself lets through."""
     config = httpx.get(f"{address}/config").json()
     function = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
-    data = [1, 1, False, 2, None, *[2] * 4, *[1.5] * 4]
+    data = [None, 1, 1, False, 0, False, "stage", 2, None, *[2] * 4, *[1.5] * 4]  # the first is the page's own state
     data[RUDE[name][0]] = RUDE[name][1]
     body = json.dumps({"data": data, "fn_index": function, "session_hash": name})
     httpx.post(f"{address}/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
@@ -511,7 +511,7 @@ def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name
             if event.get("msg") == "process_completed":
                 break
     assert event["success"] and 'role="alert"' in str(shown)
-    assert "<figure>" not in str(shown)  # nothing takes the place of the last result
+    assert "sample" in str(shown)  # the last result is still there
 
 
 def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(address):

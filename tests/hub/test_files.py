@@ -183,7 +183,8 @@ def test_check_opens_what_push_sends_and_nothing_else(folder, monkeypatch):
     monkeypatch.undo()
     upload = collect_upload(folder, "card")
     sent = {path for path in upload if not path.endswith((".py", "README.md", ".safetensors"))}
-    assert opened == sent | {"training_config.json"}
+    written = {"modular_config.json", "modular_model_index.json"}  # anew by every push
+    assert opened == (sent - written) | {"training_config.json"} and written <= sent
     weights = {path for path, content in upload.items() if path.endswith(".safetensors")}
     assert weights == {
         f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "latent_embedder", "vae")

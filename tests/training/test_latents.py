@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -25,6 +24,7 @@ from training_runs import (
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.viz import read_scalars
 
 
 OPTIONS = ("--train_batch_size", 4, "--max_train_steps", 6, "--random_flip", "--checkpointing_steps", 3, "--no-ema")
@@ -89,7 +89,8 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
         (tmp_path / name).mkdir()
     repa = ("--repa_layer", 1, "--repa_weight", 0.5, "--learning_rate", 1e-3)
     data = ("--train_data_dir", digits, "--resolution", 14, "--vae_name_or_path", tmp_path / "vae")
-    raw = train(tmp_path / "raw", *data, *repa, "--repa_encoder", encoder, transformer=PATCHES)
+    logs = ("--report_to", "tensorboard")
+    raw = train(tmp_path / "raw", *data, *repa, *logs, "--repa_encoder", encoder, transformer=PATCHES)
     options = ("--latents_dir", latents, *repa, "--repa_encoder", "cached")
     # Stopped half-way, and again.
     train(tmp_path / "cached", *options, "--max_train_steps", 3, transformer=PATCHES)
@@ -103,7 +104,7 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
     for name, value in projectors[0].items():
         assert torch.allclose(value, projectors[1][name], atol=1e-5), name
     assert not (cached / "repa_projector").exists()  # not part of the model
-    losses = [float(value) for value in re.findall(r"loss_repa=(-?[\d.e-]+)", (tmp_path / "raw/log").read_text())]
+    losses = [value for _, value in read_scalars(raw / "logs")["loss_repa"]]
     assert losses and losses[-1] < losses[0] and losses[-1] < 0
     plain = train(tmp_path / "plain", *data, transformer=PATCHES)
     assert any(not torch.equal(value, expected[name]) for name, value in weights(plain).items())

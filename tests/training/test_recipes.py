@@ -113,7 +113,7 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
 
 
 def test_every_recipe_is_of_either_kind():
-    assert len(RECIPES) + len(CONVERTED) == len(PATHS)
+    assert len(RECIPES) + len(CODE_RECIPES) + len(CONVERTED) == len(PATHS)
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -51,7 +51,7 @@ def check_or_push(argv: list[str]) -> int:
     try:
         address = push_folder(**arguments)  # a PushFailed is an OSError, which `run` prints
     except ValueError as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(*str(error).split("\n  ")) from error  # each problem of the folder
     if address is not None:
         print(address)
     return 0
