@@ -11,15 +11,15 @@ from diffusers_dod.viz import code_maps, stage_grid
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"digits": list("0123456789"), "letters": list("ABGQRaegk5"), "emoji": None}
-SEED, SAMPLES = 0, 3
+SEED, SAMPLES, CODE_GUIDANCE = 0, 3, 1.5
 
 
 def draw_model(folder: Path, labels: list[str] | None) -> Image.Image:
-    """Codes of some classes, one per column, and samples from them, with the pipeline's default call."""
+    """Codes of some classes, one per column, and samples from them."""
     pipe = DoDPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     labels = labels or list(pipe.config.id2label.values())
-    output = pipe(labels, generator=torch.Generator().manual_seed(SEED))
+    output = pipe(labels, code_guidance_scale=CODE_GUIDANCE, generator=torch.Generator().manual_seed(SEED))
     rows = [output.images]
     for seed in range(SEED + 1, SEED + SAMPLES):
         rows.append(pipe(labels, codes=output.codes, generator=torch.Generator().manual_seed(seed)).images)

@@ -111,9 +111,9 @@ def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
 
 
 def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 0) -> None:
-    """Codes, and three samples of each code, of some classes."""
+    """Codes, guided by 1.5, and three samples of each code, of some classes."""
     names = [pipe.config.id2label[str(label)] for label in classes]
-    output = pipe(classes, generator=torch.Generator().manual_seed(seed))
+    output = pipe(classes, code_guidance_scale=1.5, generator=torch.Generator().manual_seed(seed))
     rows = [output.images]
     for other in (1, 2):
         rows.append(pipe(classes, codes=output.codes, generator=torch.Generator().manual_seed(seed + other)).images)
