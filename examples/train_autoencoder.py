@@ -37,7 +37,9 @@ def collate(rows: list[dict]) -> torch.Tensor:
 
 
 def load_images(folder: Path, batch_size: int, shuffle: bool) -> DataLoader:
-    return DataLoader(load_from_disk(folder), batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=collate)
+    rows = load_from_disk(folder)
+    drop_last = shuffle and len(rows) >= batch_size  # else a small folder would have no batch at all
+    return DataLoader(rows, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
 
 
 def build_autoencoder(latent_channels: int) -> AutoencoderKL:
