@@ -38,6 +38,7 @@ REPLACED = [
     ("make test", "make --dry-run test", "it is what runs this"),
     ("make lint", "make --dry-run lint", "`make test` has run it"),
     ("make bench", "make --dry-run bench", "minutes of measuring"),
+    ("make docs", "make --dry-run docs", ".ci/run makes them"),
     ("make evidence", "make --dry-run evidence", "most of an hour"),
     (
         "diffusers-dod demo --model",

@@ -179,3 +179,10 @@ def test_the_command_makes_the_same_pictures_again(tmp_path, capsys):
 
     assert main([*options, "--output_dir", str(tmp_path / "d"), "--classes", "name 44"]) == 2
     assert "name 4" in capsys.readouterr().err and not (tmp_path / "d").exists()
+
+
+def test_a_latent_model_is_drawn_through_its_autoencoder(tmp_path):
+    tiny_pipeline(vae=tiny_vae("kl")).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--num_inference_steps", "1"]
+    assert main([*options, "--num_stages", "1", "--classes", "0"]) == 0
+    assert Image.open(tmp_path / "stages.png").mode == "RGB"
