@@ -2048,6 +2048,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         self._current_timestep = None
         return latents
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Samples of a stage in the form that `output_type` names."""
         check_sample(latents, self.scheduler)
