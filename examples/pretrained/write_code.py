@@ -10,4 +10,4 @@ from diffusers_dod.repository import write_code
 
 for index in sorted(Path("examples/pretrained").glob("*/model_index.json")):
     write_code(index.parent)
-    print(f"{index.parent}: code of the pipeline, the models and the blocks")
+    print(f"{index.parent}: code of the pipeline and the models")
