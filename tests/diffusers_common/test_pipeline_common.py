@@ -44,6 +44,8 @@ class DoDPipelineTesterConfig(BasePipelineTesterConfig):
             "vae": tiny_vae("kl"),
             "code_transformer": None,
             "code_scheduler": None,
+            "guider": None,
+            "weak_transformer": None,
         }
 
     def get_dummy_inputs(self):
