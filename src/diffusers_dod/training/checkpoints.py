@@ -99,11 +99,6 @@ def find_checkpoint(
         raise ValueError(f"{checkpoint} is missing or not a checkpoint of this trainer (no {CONFIG_NAME}).") from error
     if resume_from != "auto" and (damage := what_is_damaged(checkpoint)) is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): name an older one")
-    if step > config["max_train_steps"]:  # else its weights would be called those of an earlier step
-        raise ValueError(
-            f"{checkpoint} is of a later step than --max_train_steps {config['max_train_steps']}: train longer, choose another "
-            "--output_dir, or name an earlier checkpoint with --resume_from_checkpoint"
-        )
     differing = [
         f"{key} ({str(saved.get(key))[:60]} there, {str(config.get(key))[:60]} here)"
         for key in sorted(saved.keys() | config.keys())
@@ -113,6 +108,11 @@ def find_checkpoint(
         raise ValueError(
             f"{checkpoint} was trained with another configuration: {', '.join(differing)}. Choose another folder for a "
             "new run, or the same options to resume."
+        )
+    if step > config["max_train_steps"]:  # else its weights would be called those of an earlier step
+        raise ValueError(
+            f"{checkpoint} is of a later step than --max_train_steps {config['max_train_steps']}: train longer, choose another "
+            "--output_dir, or name an earlier checkpoint with --resume_from_checkpoint"
         )
     return checkpoint, step
 
