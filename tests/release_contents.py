@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 
-NO_PYTHON = ("py.typed", "conversion/imagenet_labels.txt", "demo/style.css", "hub/model_card.md")
+NO_PYTHON = ("py.typed", "conversion/imagenet_labels.txt", "demo/painting.js", "demo/style.css", "hub/model_card.md")
 
 
 def main(wheel: str, sdist: str) -> None:

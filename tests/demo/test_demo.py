@@ -411,8 +411,9 @@ def test_stop_and_a_closed_page_end_a_drawing(browser):
         expect(page.locator("#status")).to_have_text("Stopped.")
         wait_for_threads()
         assert len(calls) < planned and list(pictures(page)) == ["Stage 1"] and pictures(page) != shown
-        # Another wish takes the place of the one before.
+        # Another wish takes the place of the one before, once that one's own cancelling has reached the server.
         start()
+        page.wait_for_timeout(1000)
         draws(page, page.get_by_role("button", name="Redraw").click)
         wait_for_threads()
 
