@@ -2,7 +2,7 @@
 
     python study/publish.py outputs/digits-codes --data digits --output_dir examples/pretrained/digits
 
-Figures are of the pipeline's default call, three seeds. Weights are saved in half precision, and measured as they are saved.
+Then `python examples/pretrained/write_code.py`. Figures are of the pipeline's default call, three seeds. Weights are saved in half precision, and measured as they are saved.
 """
 
 import argparse

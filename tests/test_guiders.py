@@ -268,7 +268,7 @@ REFUSED = {
 def test_a_guider_that_would_do_nothing_or_fail_is_refused(case):
     options, message = REFUSED[case]
     if not hasattr(guiders, case.partition("-")[0]):
-        pytest.skip("not in this diffusers release")
+        pytest.skip(f"diffusers {diffusers.__version__} has no {case.partition('-')[0]}")
     with pytest.raises(ValueError, match=message):
         sample(tiny_pipeline(guider=getattr(guiders, case.partition("-")[0])(**options)))
 

@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.hub import check_folder
+from diffusers_dod.repository import carried_code
 
 
 MODELS = {"digits": (28, "L"), "letters": (64, "RGB"), "emoji": (32, "RGB")}
@@ -32,6 +33,15 @@ def test_a_model_draws_alike_with_and_without_the_package(name):
     for one, other in zip(*images):
         assert one.size == (size, size) and one.mode == mode
         assert np.array_equal(np.asarray(one), np.asarray(other)) and np.asarray(one).std() > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_code_of_a_model_is_the_packages(name):
+    folder = EXAMPLES / "pretrained" / name
+    code = carried_code(json.loads((folder / "model_index.json").read_text()))
+    assert len(code) == 4
+    for path, text in code.items():
+        assert (folder / path).read_text() == text, "run `python examples/pretrained/write_code.py`"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ A stage makes one of two: [`ScaleGuidance`], which is the pipeline's own, or [`G
 diffusers. Either is called once per step.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ def changes_layers(guider: BaseGuidance) -> bool:
     return type(guider).prepare_models is not BaseGuidance.prepare_models
 
 
-class StageGuidance:
+class StageGuidance(ABC):
     """One run of a transformer over its steps, guided.
 
     Args:
@@ -45,6 +46,7 @@ class StageGuidance:
         self._num_branches: int | None = None
         self.reset_caches()
 
+    @abstractmethod
     def __call__(
         self,
         model_input: torch.Tensor,
@@ -66,7 +68,6 @@ class StageGuidance:
         Returns:
             the guided prediction and, from a model that learned it, the first branch's variance, `(batch, 0, ...)` if not.
         """
-        raise NotImplementedError
 
     def reset_caches(self) -> None:
         """Empties the feature caches of the models, which remember the steps before."""
