@@ -24,7 +24,7 @@ docs: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/bench.py
 
-# On a machine with a GPU: its tests and figures, eight minutes at a time; the same command goes on.
+# On a machine with a GPU: its tests and figures, eight minutes at a time; the same command resumes.
 gpu-check: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/gpu_check.py
 

@@ -320,7 +320,7 @@ def test_feature_caches(cache, interval):
     """A cache saves computation, starts anew in each stage, with other rows and in each call, and can be turned off."""
     pipe = tiny_pipeline()
     arguments = {"num_inference_steps": 8, "guidance_interval": interval}
-    expected = sample(pipe, **arguments).images
+    expected = sample(tiny_pipeline(), **arguments).images  # before 0.41 diffusers' caches want a model that never ran
     calls = count_attention(pipe)
     pipe.transformer.enable_cache(CACHES[cache](pipe))
     cached = sample(pipe, **arguments).images

@@ -4,6 +4,7 @@ import html
 import random
 import secrets
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from .codes import check_path, paint
 from .drawing import Drawing
 from .rendering import image_tag, message, progress
 from .studio import MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
+from .turns import Turn
 from .uploads import open_picture
 
 
-MAX_WAITING = 20  # drawings; later requests are refused as the queue is full
+MAX_OPEN, MAX_WAITING = 8, 20  # drawings that have begun, and requests behind them; later ones are refused
 MAX_SEED = 2**31 - 1
 SAMPLES = [1, 4, 9]
 FOLDER = Path(__file__).parent
@@ -55,17 +57,23 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     studio = Studio(pipe, model)
     choices, first, has_code_model = class_choices(pipe), studio.first(), pipe.code_transformer is not None
 
-    def update(results: Iterator, old: Result) -> Iterator:
+    def update(results: Iterator, old: Result, turn: Turn) -> Iterator:
         """Outputs of all drawings: status, samples, code, seed, result. A refused one leaves the old result as it is."""
-        current = old
+        current, mine = old, turn.take()
         try:
-            for news in results:
-                if isinstance(news, Result):
-                    current = news
-                    yield gr.skip(), shown(news), news.code, news.drawing.seed, news
-                else:
-                    yield progress(*news), *[gr.skip()] * 4
-            yield "", *[gr.skip()] * 4
+            with closing(results):
+                for news in results:
+                    if turn.latest != mine:
+                        break
+                    if isinstance(news, Result):
+                        current = news
+                        yield gr.skip(), shown(news), news.code, news.drawing.seed, news
+                    else:
+                        yield progress(*news), *[gr.skip()] * 4
+            if turn.latest == mine:
+                yield "", *[gr.skip()] * 4
+            elif turn.stopped:
+                yield '<p class="hint">Stopped.</p>', shown(current), *[gr.skip()] * 3
         except ValueError as error:
             yield message(str(error)), shown(current), *[gr.skip()] * 3
 
@@ -78,6 +86,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         yield from studio.results(drawing if seed is None else replace(drawing, seed=seed), **options)
 
     def generate(
+        turn: Turn,
         result: Result,
         class_id: int,
         num_samples: int,
@@ -113,22 +122,22 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                 )
             )
 
-        yield from update(results(), result)
+        yield from update(results(), result, turn)
 
-    def redraw(result: Result) -> Iterator:
+    def redraw(turn: Turn, result: Result) -> Iterator:
         seed = random.randint(0, MAX_SEED)
-        yield from update(again(result, seed=seed, unmixed=result.unmixed), result)
+        yield from update(again(result, seed=seed, unmixed=result.unmixed), result, turn)
 
-    def mix(result: Result, class_id: int, share: float) -> Iterator:
+    def mix(turn: Turn, result: Result, class_id: int, share: float) -> Iterator:
         def results() -> Iterator:
             others = studio.new_codes(None if class_id == NO_CLASS else class_id, result.drawing.seeds)
             if result.unmixed is None or not 0 <= share <= 1:
                 raise ValueError("Codes are mixed by a share from 0 to 1.")
             yield from again(result, torch.lerp(result.unmixed, others, share), unmixed=result.unmixed)
 
-        yield from update(results(), result)
+        yield from update(results(), result, turn)
 
-    def paint_codes(result: Result, event: gr.EventData) -> Iterator:
+    def paint_codes(turn: Turn, result: Result, event: gr.EventData) -> Iterator:
         def results() -> Iterator:
             if result.codes is None:
                 raise ValueError("There are no codes to change.")
@@ -139,7 +148,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                 codes[path[0]] = studio.new_codes(result.drawing.class_id, range(seed, seed + 1))[0, path[0][1]]
             yield from again(result, codes)
 
-        yield from update(results(), result)
+        yield from update(results(), result, turn)
 
     def show_rows(start: str, num_stages: int) -> list:
         """One row per stage that runs; a picture needs a stage 2."""
@@ -166,7 +175,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     class_value = choices[min(1, len(choices) - 1)][1]
     with gr.Blocks(title=f"{name} – Diffusion on Diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(f"<h1>{html.escape(name)}</h1><p>{ABOUT[has_code_model]}</p>", elem_id="title")
-        result = gr.State(first)
+        turn, result = gr.State(Turn()), gr.State(first)
         with gr.Row():
             with gr.Column(scale=5, min_width=320, elem_id="results"):
                 samples = gr.HTML(first.html, elem_id="samples", js_on_load=(FOLDER / "painting.js").read_text())
@@ -213,30 +222,16 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         num_stages.input(show_rows, [start, num_stages], [num_stages, *rows], **quick)
         picture.change(show_preview, picture, preview, **quick)
 
-        # Each drawing has a pipeline of its own (see `private_pipeline`); more than two at once only slow each other.
-        shared = {"show_progress": "hidden", "concurrency_id": "drawing", "concurrency_limit": 2}
-        outputs = [status, samples, code, seed, result]
+        # Not gradio's limit, behind which a user's new wish would wait for the old one (see `Studio.results`).
+        shared = {"show_progress": "hidden", "concurrency_id": "drawing", "concurrency_limit": MAX_OPEN}
+        states, outputs = [turn, result], [status, samples, code, seed, result]
         settings = [class_id, num_samples, same_codes, seed, random_seed, start, num_stages, picture, *steps, *scales]
-        events = {
-            generate_button.click: gr.on(generate_button.click, generate, [result, *settings], outputs, **shared),
-            redraw_button.click: gr.on(redraw_button.click, redraw, result, outputs, **shared),
-            mix_button.click: gr.on(mix_button.click, mix, [result, mix_class, share], outputs, **shared),
-            # A stroke while another is drawn is drawn next.
-            samples.select: gr.on(
-                samples.select,
-                paint_codes,
-                result,
-                outputs,
-                trigger_mode="always_last",
-                api_visibility="private",
-                **shared,
-            ),
-        }
-        for trigger, event in events.items():  # the latest wish counts
-            gr.on([other for other in events if other != trigger], None, cancels=event)
-        stop_button.click(None, cancels=list(events.values())).then(
-            lambda old: ('<p class="hint">Stopped.</p>', shown(old)), result, [status, samples], queue=False, **quick
-        )
+        generate_button.click(generate, [*states, *settings], outputs, **shared)
+        redraw_button.click(redraw, states, outputs, **shared)
+        mix_button.click(mix, [*states, mix_class, share], outputs, **shared)
+        # A stroke while another is drawn is drawn next.
+        samples.select(paint_codes, states, outputs, trigger_mode="always_last", api_visibility="private", **shared)
+        stop_button.click(Turn.stop, turn, queue=False, **quick)
     return page.queue(max_size=MAX_WAITING)
 
 

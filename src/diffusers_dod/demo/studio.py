@@ -1,6 +1,7 @@
 """What the page shows of a pipeline: its classes, the first picture, and the results of drawings."""
 
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .snippet import python_code
 
 
 MAX_STAGES = 4
+AT_ONCE = 2  # drawings, each with a pipeline of its own (see `private_pipeline`); more only slow each other
 MAX_STEPS_IN_ALL = 600  # of one drawing, all stages of all samples, so that nobody waits long for another's
 NUM_STEPS = 30  # the pipeline's default
 NO_CLASS = -1  # a dropdown's value cannot be None
@@ -54,10 +56,11 @@ class Studio:
     def __init__(self, pipe: DoDPipeline, model: str):
         self.pipe, self.model = pipe, model
         self.class_names = {value: name for name, value in class_choices(pipe)}
+        self.free = threading.Semaphore(AT_ONCE)
         self.reference = reference_codes(private_pipeline(pipe))
 
     def results(self, drawing: Drawing, unmixed: torch.Tensor | None = None) -> Iterator[tuple[str, float] | Result]:
-        """The drawing's progress, and its result as far as it is after every stage.
+        """The drawing's progress, and its result as far as it is after every stage, once fewer than `AT_ONCE` are drawn.
 
         Raises:
             ValueError: for settings that are refused.
@@ -65,6 +68,14 @@ class Studio:
         steps = sum(steps or 0 for steps in drawing.num_inference_steps[drawing.first_stage - 1 :])
         if steps * drawing.num_samples > MAX_STEPS_IN_ALL:
             raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps of all stages and samples together.")
+        while not self.free.acquire(timeout=0.2):
+            yield "Waiting for others", 0.0
+        try:
+            yield from self.follow(drawing, unmixed)
+        finally:
+            self.free.release()
+
+    def follow(self, drawing: Drawing, unmixed: torch.Tensor | None) -> Iterator[tuple[str, float] | Result]:
         codes, maps, stages = None, [], {}
         for event in draw(self.pipe, drawing):
             if isinstance(event, Codes):
