@@ -3,7 +3,7 @@
 import html
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
     studio = Studio(pipe, model)
     choices, first, has_code_model = class_choices(pipe), studio.first(), pipe.code_transformer is not None
 
-    def update(results: Iterator, old: Result, turn: Turn) -> Iterator:
+    def update(results: Generator, old: Result, turn: Turn) -> Iterator:
         """Outputs of all drawings: status, samples, code, seed, result. A refused one leaves the old result as it is."""
         current, mine = old, turn.take()
         try:
@@ -77,7 +77,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         except ValueError as error:
             yield message(str(error)), shown(current), *[gr.skip()] * 3
 
-    def again(old: Result, codes: torch.Tensor | None = None, seed: int | None = None, **options: Any) -> Iterator:
+    def again(old: Result, codes: torch.Tensor | None = None, seed: int | None = None, **options: Any) -> Generator:
         """The old result's drawing, of its own or of other codes."""
         codes = old.codes if codes is None else codes
         if codes is None:
@@ -98,7 +98,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         picture: str | None,
         *numbers: Any,
     ) -> Iterator:
-        def results() -> Iterator:
+        def results() -> Generator:
             # Limits of the fields themselves would end in an error of gradio's in the place of the result.
             if start == "picture" and picture is None:
                 raise ValueError("Choose a picture to start from.")
@@ -129,7 +129,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         yield from update(again(result, seed=seed, unmixed=result.unmixed), result, turn)
 
     def mix(turn: Turn, result: Result, class_id: int, share: float) -> Iterator:
-        def results() -> Iterator:
+        def results() -> Generator:
             others = studio.new_codes(None if class_id == NO_CLASS else class_id, result.drawing.seeds)
             if result.unmixed is None or not 0 <= share <= 1:
                 raise ValueError("Codes are mixed by a share from 0 to 1.")
@@ -138,7 +138,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         yield from update(results(), result, turn)
 
     def paint_codes(turn: Turn, result: Result, event: gr.EventData) -> Iterator:
-        def results() -> Iterator:
+        def results() -> Generator:
             if result.codes is None:
                 raise ValueError("There are no codes to change.")
             path = check_path(result.codes, event.path)
