@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS), metavar="GROUP")
     parser.add_argument("--layers", type=int, help="blocks of the models; 3 on a CPU and 15, all, on a GPU by default")
     parser.add_argument("--batch_size", type=int, help="4 on a CPU and 64 on a GPU by default")
-    parser.add_argument("--steps", type=int, default=4, help="of a stage")
+    parser.add_argument("--steps", type=int, default=4, help="steps per stage")
     parser.add_argument("--repeats", type=int, default=7)
     cpu_time = "one thread, by the time that the CPU gave it: for a machine that other work takes; not ddp and memory"
     parser.add_argument("--cpu_time", action="store_true", help=cpu_time)

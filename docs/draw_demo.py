@@ -17,7 +17,7 @@ from diffusers_dod.demo.page import build, launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="examples/pretrained/letters", help="folder or repository of the Hub")
+    parser.add_argument("--model", default="examples/pretrained/letters", help="folder or Hub repository")
     parser.add_argument("--class_name", default="R", help="name of the class")
     parser.add_argument("--output", type=Path, default=Path("docs/images/demo.png"))
     args = parser.parse_args()

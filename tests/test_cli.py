@@ -86,13 +86,15 @@ def test_help_names_every_default(helps, command):
     assert entries.keys() == args.keys()
     for name, value in args.items():
         # What is off or `None` says itself what that means, and so do options that are settled with others.
-        off = value is None or value is False
-        settled = name in ("train", "stages") or (
+        off = value is None or value is False or value == []
+        settled = name in ("train", "stages", "metrics") or (
             command == "train" and name in ("train_batch_size", "max_train_steps")
         )
         if not off and f"--{name}" not in LEAST[command] and not settled:
-            assert f"(default: {value})" in entries[name]
+            plain = " ".join(map(str, value)) if isinstance(value, list) else value
+            assert f"(default: {plain})" in entries[name]
             count += 1
+        assert not off or "(default: " not in entries[name]
     assert count >= 3
 
 
@@ -100,12 +102,25 @@ def test_help_tells_what_happens_without_an_option(helps):
     """Of those whose default the command finds out itself."""
     for words, needed in {
         "convert": ("default: the checkpoint's, or 32", "the checkpoint's, or 4", "default: REPA-E's own, or none"),
-        "viz": ("default: the first 10",),
+        "viz": ("default: the first 10", "default: one more than the pipeline's, so 3, or 2 from codes"),
         "hub push": ("default: main",),
+        "evaluate": ("default: all",),
         "demo": ("DOD_MODEL",),
     }.items():
         text = " ".join(helps[words].stdout.split())
         assert all(part in text for part in needed), words
+
+
+def test_a_switch_that_turns_something_off_has_no_default(helps):
+    entry = helps["hub push"].stdout.partition("\n  --no-code")[2].partition("\n  --")[0]
+    assert entry and "default" not in entry
+
+
+@pytest.mark.parametrize("words", ["", *map(" ".join, HELPS)])
+def test_help_describes_its_command_in_lines_of_at_most_120_characters(helps, words):
+    usage, description, *_ = helps[words].stdout.split("\n\n")
+    assert not description.startswith(("options:", "positional arguments:"))
+    assert max(map(len, helps[words].stdout.removeprefix(usage).splitlines())) <= 120
 
 
 # --- spelling
@@ -144,10 +159,10 @@ def test_hyphens_and_underscores_with_values_and_switches():
     [
         (
             [],
-            "diffusers-dod: error: choose a command of train, train-codes, cache, sample, evaluate, probe, convert, hub, "
+            "diffusers-dod: error: choose one of train, train-codes, cache, sample, evaluate, probe, convert, hub, "
             "viz, demo",
         ),
-        (["trian"], "diffusers-dod: error: choose a command of .*, not 'trian'"),
+        (["trian"], "diffusers-dod: error: choose one of .*, not 'trian'"),
         (["--nonsense"], "diffusers-dod: error: unrecognized arguments: --nonsense"),
         (["hub"], "diffusers-dod hub: error: the following arguments are required: command"),
         (["hub", "pull"], "diffusers-dod hub: error: argument command: invalid choice: 'pull'.*"),

@@ -73,11 +73,15 @@ def first_line(error: BaseException) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and names every default."""
+    """Keeps the lines of the description, and names every default that the help of an option does not name itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False:
-            return action.help or ""
+        text, default = action.help or "", action.default
+        is_off = default is None or default is False or default == [] or isinstance(action, argparse._StoreFalseAction)
+        if is_off or "default:" in text:
+            return text
+        if isinstance(default, list):
+            return f"{text} (default: {' '.join(map(str, default))})"
         return super()._get_help_string(action) or ""
 
 

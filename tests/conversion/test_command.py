@@ -161,7 +161,7 @@ def test_refusals(tmp_path, capsys):
     assert "exists already" in refused(capsys, "dit", path, path, *heads)
     assert "cannot be written" in refused(capsys, "dit", path, path / "output", *heads)
     # Folders
-    assert "only dit reads folders" in refused(capsys, "sit", tmp_path, output)
+    assert "only dit reads diffusers folders" in refused(capsys, "sit", tmp_path, output)
     assert "config.json is missing or no JSON" in refused(capsys, "dit", tmp_path, output)
     diffusers_dit().save_pretrained(tmp_path / "dit")
     message = refused(capsys, "dit", tmp_path / "dit", output, *heads)

@@ -92,6 +92,16 @@ def test_no_folder_of_the_machine_in_head_tables_and_evaluation(path, folder):
     assert "| ema_decay | 0.9 |" in card and json.loads(sent)["results"] == [{"metric": "fid", "value": 2.5}]
 
 
+def test_versions_are_listed_plainly(folder):
+    versions = {"diffusers-dod": "0.1.0", "torch": "2.13.0+cpu"}
+    evaluation = {"reference": "mnist", "versions": versions, "machine": {}, "seed": 0}
+    results = [{"metric": "fid", "value": 2.5}]
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation, "results": results}))
+    card = ModelCard(build_card(folder, "user/model", "mit"))
+    assert "\nreference: mnist; versions: diffusers-dod 0.1.0, torch 2.13.0+cpu; seed: 0.\n" in card.text
+    assert card.data.eval_results[0].metric_args["versions"] == versions  # in the head, as data
+
+
 def test_a_name_that_is_a_folder_here_is_none_of_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training = {"dataset_name": "my/pictures", "repa_encoder": "my-encoder", "preset": "S"}

@@ -237,8 +237,18 @@ def test_a_folder_that_is_none_is_one_line(name, tmp_path, capsys):
     (tmp_path / "file").write_text("{}")
     assert check_folder(tmp_path / name, "mit") == [f"{tmp_path / name}: no such folder"]
     assert main(["check", str(tmp_path / name)]) == 1
+    capsys.readouterr()
     assert main(["push", str(tmp_path / name), "user/never"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    heading, problem = capsys.readouterr().err.splitlines()
+    assert heading.endswith("was not pushed:") and problem.strip() == f"{tmp_path / name}: no such folder"
+
+
+def test_only_a_lora_needs_a_base_model(tmp_path, capsys):
+    for name, said in (("empty", False), ("lora", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{'pytorch_lora_weights' if said else 'other'}.safetensors").write_bytes(b"")
+        assert main(["push", str(tmp_path / name), "user/never", "--license", "mit"]) == 2
+        assert ("a LoRA needs the model that it adapts" in capsys.readouterr().err) is said
 
 
 def test_folders_that_models_were_loaded_from_stay_here(folder):

@@ -18,18 +18,20 @@ from .sources import SOURCES
 def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod convert", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
-    add("source", choices=SOURCES, help="whose checkpoint it is; REPA's and REPA-E's SiT are sit")
-    add("checkpoint", type=Path, help=".pt, .pth, .bin, .ckpt or .safetensors; dit: a folder of diffusers too")
-    add("output", type=Path, help="folder to write, which must not exist or be empty")
-    heads = "default: those of the folder's config, or of the published models of the same width"
-    vae = "autoencoder: a folder or Hub repository of diffusers, or a file of VA-VAE or REPA-E; default: REPA-E's own, or none"
+    add("source", choices=SOURCES, help="the checkpoint's project; sit also covers REPA and REPA-E")
+    add("checkpoint", type=Path, help=".pt, .pth, .bin, .ckpt or .safetensors; dit also takes a diffusers folder")
+    add("output", type=Path, help="new or empty folder to write")
+    heads = "attention heads; default: those of the folder's config, or of the published models of the same width"
+    vae = (
+        "autoencoder: a diffusers folder or Hub repository, or a VA-VAE or REPA-E file; default: REPA-E's own, or none"
+    )
     add("--num_attention_heads", type=positive, help=heads)
     add("--sample_size", type=positive, help="height and width of the latents; default: the checkpoint's, or 32")
     add("--in_channels", type=positive, help="channels of the latents; default: the checkpoint's, or 4")
     add(
         "--noise_scale",
         type=number(float, 0),
-        help="jit: deviation of its noise; default: 1 up to 256 pixels, 2 at 512",
+        help="jit: standard deviation of the noise; default: 1 up to 256 pixels, 2 at 512",
     )
     add(
         "--embedder_preset",
@@ -37,8 +39,8 @@ def build_parser() -> Parser:
         help="size of the latent embedder; default: the preset with the nearest width",
     )
     add("--vae", help=vae)
-    add("--vae_subfolder", help="where in it")
-    add("--latents_stats", type=Path, help="file of the latents' mean and deviation, of LightningDiT or REPA-E")
+    add("--vae_subfolder", help="subfolder of the autoencoder")
+    add("--latents_stats", type=Path, help="LightningDiT or REPA-E file with the latents' mean and standard deviation")
     return parser
 
 

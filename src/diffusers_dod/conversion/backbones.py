@@ -21,7 +21,7 @@ from .sources import SOURCES
 from .tensors import CheckpointTensors, find_state_dict
 
 
-# A tensor of the original layout and one of diffusers', by which a prefix of all names is told
+# A tensor of the original layout and one of diffusers', by which a prefix of all names is found
 ANCHORS = ("t_embedder.mlp.2.bias", "proj_out_2.bias")
 
 
@@ -97,7 +97,7 @@ def convert_backbone(
     r"""A DoD backbone that computes in stage 1 what the checkpoint's own model does.
 
     Width, depth, patch size, channels, classes, feed-forward, norms, modulation, learned sigma and the position table's grid
-    are inferred from the tensors. What no tensor tells is taken to be as in the published models: a linear path and velocity
+    are inferred from the tensors. What no tensor determines is taken to be as in the published models: a linear path and velocity
     prediction for SiT, REPA, FiTv2 and LightningDiT, a null class in the last row of the class table, parameter-free
     LayerNorm on queries and keys and plain rotary positions for FiTv2, class tokens from a third of the blocks on for JiT.
 
@@ -105,21 +105,21 @@ def convert_backbone(
         state_dict (`dict` of `str` to `torch.Tensor`):
             The original names to the weights, or a training checkpoint that [`find_state_dict`] opens. Left as it is.
         source (`str`):
-            `"sit"`: SiT, or REPA's or REPA-E's SiT, which is told by its projectors or its batch norm (without them it is
+            `"sit"`: SiT, or REPA's or REPA-E's SiT, which is recognised by its projectors or its batch norm (without them it is
             taken for SiT, whose time runs the other way). The converted model predicts `noise - data` and takes timesteps
             of 1000 times the noise level; a learned sigma is dropped.
             `"dit"`: the original DiT, also in diffusers' layout (`DiTTransformer2DModel`), which predicts noise at timesteps
             0 to 999; a learned sigma is kept as the output's second half.
             `"fitv2"`: FiTv2, as for SiT. `"lightningdit"`: LightningDiT, as for SiT.
             `"jit"`: JiT in pixel space, whose network's output is the clean image (`x_prediction`).
-        num_attention_heads (`int`): Attention heads, which no tensor tells.
+        num_attention_heads (`int`): Attention heads, which no tensor determines.
         sample_size (`int`, *optional*):
             Height and width of the latents to generate by default: by default those of the position table, and 32 for
             `"fitv2"` and diffusers' layout, which have none. For diffusers' layout it must be the size in the model's config,
             which its positions are interpolated to; other sources may generate another size.
         in_channels (`int`, *optional*):
             Channels of the latents, which are refused if they are not the checkpoint's; 4 by default for `"fitv2"`, where no
-            tensor tells them.
+            tensor determines them.
         noise_scale (`float`, *optional*):
             JiT's standard deviation of the noise; by default 1 up to 256 pixels and growing with the size, so 2 at 512.
 

@@ -22,7 +22,7 @@ from .backbones import convert_checkpoint
 from .loading import check_dit_config, load_folder, load_tensors
 
 
-# What no tensor of every source tells, and a diffusers folder's config does
+# What not every source's tensors determine, and a diffusers folder's config holds
 SIZE_OPTIONS = ("num_attention_heads", "sample_size", "in_channels")
 # LightningDiT's commands sample at times t = 0.3 s / (1 - 0.7 s) for even steps s from noise (0) to data (1).
 LIGHTNINGDIT_SHIFT = 1 / 0.3
@@ -131,14 +131,12 @@ def convert(args: argparse.Namespace) -> None:
     if not args.checkpoint.is_dir():
         checkpoint = load_tensors(args.checkpoint)
     elif args.source != "dit":
-        raise BadInput(
-            f"{args.checkpoint} is a folder: only dit reads folders of diffusers, give the checkpoint's file."
-        )
+        raise BadInput(f"{args.checkpoint} is a folder: only dit reads diffusers folders, give the checkpoint's file.")
     else:
         checkpoint, config = load_folder(args.checkpoint)
         check_dit_config(config)
         if options:
-            raise BadInput(f"--{' and --'.join(options)} cannot be given: a diffusers folder's config.json says it.")
+            raise BadInput(f"--{' and --'.join(options)} cannot be given: a diffusers folder's config.json holds it.")
         options = {name: config[name] for name in SIZE_OPTIONS if name in config}
 
     # 2. The transformer

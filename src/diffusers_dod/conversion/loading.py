@@ -72,7 +72,7 @@ def load_folder(folder: Path) -> tuple[dict, dict]:
 
 
 def check_dit_config(config: dict) -> None:
-    """Refuses a `DiTTransformer2DModel` that differs from the published ones in what no tensor tells."""
+    """Refuses a `DiTTransformer2DModel` that differs from the published ones in what no tensor determines."""
     published = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_eps": 1e-5}
     differing = [
         f"{key} is {config[key]}, not {value}" for key, value in published.items() if config.get(key, value) != value

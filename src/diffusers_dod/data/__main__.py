@@ -1,12 +1,11 @@
-"""Caches the latents of labelled images, so that a training needs neither the images nor the VAE's encoder.
+"""Caches the latents of labelled images, so that training needs neither the images nor the VAE's encoder.
 
     diffusers-dod cache --train_data_dir imagenet/train --resolution 256 --flips \\
         --vae_name_or_path stabilityai/sd-vae-ft-ema --batch_size 64 --dataloader_num_workers 8 --output_dir latents
 
-Images come from a folder with one subfolder per class, a folder of `datasets.save_to_disk` or a dataset of the Hub. What
-is stored is the VAE's posterior, mean and standard deviation, normalized as the diffusion model sees latents: a training
-draws a fresh sample each time (`diffusers_dod.data.CachedLatents`). `--repa_encoder` stores the features of a vision
-model beside them.
+Images come from a folder with one subfolder per class, a folder of `datasets.save_to_disk` or a Hub dataset. The cache
+holds the VAE posterior's mean and standard deviation, normalized as the diffusion model sees them; training draws a
+fresh sample each time (`diffusers_dod.data.CachedLatents`). `--repa_encoder` adds the features of a vision model.
 
 With several GPUs, `accelerate launch -m diffusers_dod cache ...` shares the shards among the processes. To resume an
 interrupted run, repeat the same command; it checks finished shards by their checksums.
@@ -24,21 +23,21 @@ def build_parser() -> Parser:
     positive, switch = number(int, 1), argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder with one subfolder per class, or one that `datasets.save_to_disk` wrote")
-    add("--dataset_name", help="dataset of the Hub, its `train` split")
-    add("--dataset_config_name", help="its configuration")
+    add("--dataset_name", help="Hub dataset; its `train` split is used")
+    add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
     add("--cache_dir", help="where downloads and prepared data are kept; default: the `datasets` cache")
-    add("--resolution", type=positive, default=256, help="side of the square images, by ADM's centre crop")
+    add("--resolution", type=positive, default=256, help="side in pixels, after ADM's centre crop")
     add("--flips", action=switch, default=False, help="cache the mirror images too: twice the size")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
     add("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read images")
     add = parser.add_argument_group("encoding").add_argument
-    add("--vae_name_or_path", required=True, help="autoencoder of diffusers")
-    add("--vae_subfolder", help="where in it")
+    add("--vae_name_or_path", required=True, help="diffusers autoencoder")
+    add("--vae_subfolder", help="subfolder of the autoencoder")
     add("--batch_size", type=positive, default=16, help="images per process")
-    add("--repa_encoder", help="vision model of transformers whose patch features are cached too; default: none")
-    add("--patch_size", type=positive, default=2, help="patch of the transformer, to whose tokens the features belong")
+    add("--repa_encoder", help="transformers vision model whose patch features are cached too; default: none")
+    add("--patch_size", type=positive, default=2, help="transformer's patch size, for --repa_encoder's features")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="folder of the cache")
     add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type of the stored numbers")

@@ -75,7 +75,7 @@ def cache_settings(
 class LatentCacheWriter:
     """Writes the shards of a cache, whole or not at all, and then its manifest.
 
-    Every process makes a writer of its own. [`~LatentCacheWriter.find`] tells the shards that are there from those
+    Every process makes a writer of its own. [`~LatentCacheWriter.find`] separates the shards that are there from those
     that [`~LatentCacheWriter.write`] has to write; one process calls [`~LatentCacheWriter.begin`] before the first
     and [`~LatentCacheWriter.finish`] after the last. A shard depends on the settings and its number only, so it does
     not matter which process writes it, nor whether it was interrupted before.
@@ -83,7 +83,7 @@ class LatentCacheWriter:
     Args:
         folder (`str`): of the cache, made by `begin`.
         settings (`dict`): of [`cache_settings`].
-        origin (`dict`, *optional*): what else the manifest tells, such as the VAE's name; it is not compared.
+        origin (`dict`, *optional*): what else the manifest holds, such as the VAE's name; it is not compared.
 
     Raises:
         ValueError: if the folder holds something else, or a cache of other settings.

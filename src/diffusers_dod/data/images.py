@@ -64,14 +64,14 @@ def load_labelled_images(
 
     Args:
         folder (`str`, *optional*):
-            a folder with one subfolder per class, read as [`~diffusers_dod.data.folders.list_images`] says, or what
+            a folder with one subfolder per class, read as [`~diffusers_dod.data.folders.list_images`] describes, or what
             `datasets.save_to_disk` wrote.
-        dataset_name (`str`, *optional*): a dataset of the Hub, where no `folder` is given.
+        dataset_name (`str`, *optional*): a Hub dataset, where no `folder` is given.
         dataset_config_name (`str`, *optional*): its configuration.
         image_column (`str`), label_column (`str`, *optional*):
             columns to read; labels are names, or integers from 0. `None` reads images alone, in any layout of folders.
         cache_dir (`str`, *optional*): where `datasets` keeps what it downloads and prepares.
-        streaming (`bool`): read as training goes on instead of preparing everything first.
+        streaming (`bool`): read as training continues instead of preparing everything first.
 
     Returns:
         the dataset, of columns `image` (undecoded) and `label` (integers), and the names of the classes if they have

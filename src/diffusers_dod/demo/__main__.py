@@ -1,4 +1,4 @@
-"""Serves a web page that draws samples, lets you edit their codes, and shows the Python that draws the same.
+"""Serves a web page that draws samples, lets you edit their codes, and shows the Python that reproduces them.
 
     diffusers-dod demo --model outputs/mine
 
@@ -24,7 +24,7 @@ def build_parser() -> Parser:
 def show(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     if args.model is None:
-        raise BadInput("no model: pass --model, or set DOD_MODEL to a folder or a repository of the Hub")
+        raise BadInput("no model: pass --model, or set DOD_MODEL to a folder or Hub repository")
     try:
         from .page import serve
     except ImportError as error:

@@ -243,6 +243,6 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 
 
 def serve(model: str) -> None:
-    """Opens the page of a pipeline, a folder or a repository of the Hub."""
+    """Opens the page of a pipeline, from a folder or a Hub repository."""
     pipe = DoDPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
     launch(build(pipe, model))

@@ -4,10 +4,10 @@
         --extractor inception --output outputs/mine/evaluation.json
 
 Samples and reference are folders of images, `.npz` files of ADM's evaluation (whose statistics are used), folders of
-`datasets.save_to_disk` or datasets of the Hub. `--extractor` is `inception` (FID, sFID, Inception Score, KID as papers mean
-them; `--extractor_weights` names torch-fidelity's file where there is no internet), or a vision model of transformers such
-as `facebook/dinov2-large` (FD-DINOv2). Figures of any other network carry its name. `--settings` adds the `sampling.json`
-of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the model card.
+`datasets.save_to_disk` or Hub datasets. `--extractor` is `inception` (FID, sFID, Inception Score, KID as papers mean
+them; offline, pass torch-fidelity's file as `--extractor_weights`), or a transformers vision model such as
+`facebook/dinov2-large` (FD-DINOv2). Metric names include any other network's name. `--settings` adds the
+`sampling.json` of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the model card.
 """
 
 import argparse
@@ -26,16 +26,16 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--samples", required=True, help="what to evaluate")
     add("--reference", required=True, help="what to compare it with")
-    add("--extractor", default="inception", help="inception, or a vision model of transformers")
+    add("--extractor", default="inception", help="inception, or a transformers vision model")
     add("--extractor_weights", help="file of torch-fidelity's Inception weights")
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="which to compute")
-    add("--resolution", type=number(int, 1), help="side to which images are cropped as ADM does; default: as they are")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="metrics to compute; default: all")
+    add("--resolution", type=number(int, 1), help="side after ADM's centre crop; default: unchanged")
     add("--settings", help="sampling.json of the samples")
     add("--stage", type=number(int, 1), help="stage of the samples, for the report")
     add("--batch_size", type=number(int, 1), default=64, help="images per forward of the extractor")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of subsets and splits")
-    add("--output", help="JSON to write; printed in any case")
+    add("--output", help="JSON file to write; always printed")
     return parser
 
 

@@ -53,13 +53,13 @@ class InceptionExtractor(nn.Module):
 
 
 class TransformersExtractor(nn.Module):
-    """A vision model of transformers: FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) with `facebook/dinov2-large`.
+    """A transformers vision model: FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) with `facebook/dinov2-large`.
 
     Features are the pooled output, which for DINOv2 is the normalised class token; images are resized bicubically to what
     the model was trained on and normalised as its image processor says.
 
     Args:
-        name_or_path (`str`): model of the Hub, or a folder.
+        name_or_path (`str`): Hub model, or a folder.
     """
 
     def __init__(self, name_or_path: str):

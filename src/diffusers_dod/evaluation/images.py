@@ -37,7 +37,7 @@ class ImageSet:
         source (`str`):
             a folder of images (also in subfolders), an `.npz` of ADM's evaluation (`arr_0` of `(samples, height, width,
             channels)` in uint8, and `mu`, `sigma`, `mu_s`, `sigma_s` where it is a reference), a folder of
-            `datasets.save_to_disk`, or a dataset of the Hub.
+            `datasets.save_to_disk`, or a Hub dataset.
         resolution (`int`, *optional*): side to which images are cropped as ADM does; as they are by default.
 
     Raises:

@@ -6,8 +6,8 @@
 Every image follows from the seed and its own number, so neither the batch size nor the number of processes matters. To
 resume an interrupted run, repeat the same command: finished images are not drawn again. `output_dir` receives
 `stage-2/000000.png` and so on (`--stages all` keeps every stage), `sampling.json` with the settings, and with `--npz`
-one `stage-2.npz` per stage as ADM's evaluator reads it: `arr_0` of (samples, height, width, channels) in uint8, `arr_1` the
-classes.
+one `.npz` per kept stage in ADM's format, such as `stage-2.npz`: `arr_0` of (samples, height, width, channels) in
+uint8, `arr_1` the classes.
 """
 
 import argparse
@@ -21,20 +21,25 @@ def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod sample", description=__doc__)
     positive, real = number(int, 1), number(float, float("-inf"))
     add = parser.add_argument
-    add("--model", required=True, help="folder or repository of the Hub")
+    add("--model", required=True, help="folder or Hub repository")
     add("--revision", help="branch, tag or commit of the repository")
     add("--num_images", type=positive, default=50000, help="images to draw")
     add("--output_dir", required=True, help="folder of the images")
-    add("--classes", choices=("balanced", "random"), default="balanced", help="equally many of each, or at random")
+    add(
+        "--classes",
+        choices=("balanced", "random"),
+        default="balanced",
+        help="balanced: equally many of each class; random: drawn at random",
+    )
     add("--batch_size", type=positive, default=64, help="images per process at a time")
     add("--num_stages", type=number(int, 1, 1000), help="stages to run; default: 2, or 1 from codes")
     source = "where the first prior comes from; default: codes where there is a code model"
     add("--prior_source", choices=("codes", "stage"), help=source)
-    add("--stages", default="last", help="which to keep: last, all, or numbers such as 1,2")
+    add("--stages", default="last", help="stages to keep: last, all, or numbers such as 1,2")
     add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
     scale = "one value, or one per stage; refused with a guider, which has its own; default: 1, no guidance"
     add("--guidance_scale", type=real, nargs="+", help=scale)
-    add("--prior_guidance_scale", type=real, nargs="+", help="a scale of its own for the prior; default: none")
+    add("--prior_guidance_scale", type=real, nargs="+", help="separate scale for the prior; default: none")
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
     add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")
     interval = "guided part of the steps, from noise (0) to sample (1); refused with a guider; default: 0 1"

@@ -3,8 +3,8 @@
     diffusers-dod hub check outputs/mine --license apache-2.0
     diffusers-dod hub push outputs/mine user/my-model --license apache-2.0 --private
 
-`check` lists what is missing or wrong and uploads nothing; its status is 1 if there is anything. A push that was cut off
-leaves the repository as it was; the next one uploads only the large files that did not arrive.
+`check` lists what is missing or wrong and uploads nothing; its exit status is 1 if there are problems. A push that was
+cut off leaves the repository as it was; the next one uploads only the large files that did not arrive.
 """
 
 import argparse
@@ -13,23 +13,38 @@ import sys
 from ..cli import BadInput, Parser, run
 
 
+CHECK = """Lists what is missing or wrong in a saved pipeline or a LoRA, and uploads nothing.
+
+The exit status is 1 if there are problems.
+"""
+PUSH = """Checks a saved pipeline or a LoRA, then uploads it to the Hub in one commit.
+
+A push that was cut off leaves the repository as it was; the next one uploads only the large files that did not arrive.
+"""
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="list what is missing or wrong, upload nothing")
-    push = commands.add_parser("push", help="check, then upload in one commit")
+    check = commands.add_parser("check", help="list what is missing or wrong, upload nothing", description=CHECK)
+    push = commands.add_parser("push", help="check, then upload in one commit", description=PUSH)
     for command in (check, push):
         command.add_argument("folder", help="what `save_pretrained`, `train` or `save_lora_weights` wrote")
-        command.add_argument("--license", help="identifier of the Hub, such as apache-2.0; default: the card's")
+        command.add_argument("--license", help="Hub licence identifier, such as apache-2.0; default: the card's")
     add = push.add_argument
     add("repo_id", help="user/name")
-    add("--dataset", action="append", dest="datasets", help="dataset of the Hub it was trained on; may be repeated")
+    add("--dataset", action="append", dest="datasets", help="Hub dataset used for training; may be repeated")
     add("--base_model", help="repository that it was converted or adapted from")
     add("--private", action="store_true", default=None, help="make a new repository private")
-    add("--revision", help="branch, made if need be; default: main")
+    add("--revision", help="branch, created if missing; default: main")
     add("--create_pr", action="store_true", help="open a pull request")
     add("--variant", choices=("fp16", "bf16"), help="upload half-precision weights as well")
-    add("--no-code", action="store_false", dest="include_code", help="leave out the code that diffusers alone needs")
+    add(
+        "--no-code",
+        action="store_false",
+        dest="include_code",
+        help="do not upload the code that diffusers alone needs",
+    )
     add("--dry_run", action="store_true", help="print what would be uploaded")
     return parser
 

@@ -27,7 +27,7 @@ TRAINING_NAME = "training_config.json"
 # The nearest of the Hub's tasks; it has none for class-conditional images.
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "diffusers-dod", "diffusion-on-diffusion", "class-conditional"]
-# Of the training's configuration, what says nothing about the model or names the user's own folders.
+# Of the training's configuration, what does not describe the model or names the user's own folders.
 NAME_KEYS = re.compile(r".*(name|encoder|extractor|reference)")
 PRIVATE_KEYS = re.compile(r"push_to_hub|hub_.*|report_to|resume_from_checkpoint|recipe|.*_(dir|path|config)")
 
@@ -80,7 +80,7 @@ def training_table(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_dataset(config: dict[str, Any]) -> str | None:
-    """The dataset of the Hub that a run's configuration names, if it is one and not a local folder."""
+    """The Hub dataset that a run's configuration names, if it is one and not a local folder."""
     name = config.get("dataset_name")
     if not isinstance(name, str) or not name or has_local_path(name) or os.path.exists(name):
         return None
@@ -92,7 +92,7 @@ def training_dataset(config: dict[str, Any]) -> str | None:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What `evaluation.json` in a folder says, without local paths; empty without the file.
+    """What `evaluation.json` in a folder holds, without local paths; empty without the file.
 
     Returns:
         `dict`: `reference` (what the samples were compared with), `results` (a list with `metric`, `value` and
@@ -141,7 +141,14 @@ def _model_config(folder: Path, cls: type) -> dict[str, Any]:
 
 
 def _cells(values: dict[str, Any]) -> dict[str, str]:
-    return {escape_markdown(key): escape_markdown(value) for key, value in values.items() if value is not None}
+    """Names and values as Markdown; an object is shown as `diffusers-dod 0.1.0, torch 2.13.0`."""
+    return {
+        escape_markdown(key): escape_markdown(
+            ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else value
+        )
+        for key, value in values.items()
+        if value not in (None, {})
+    }
 
 
 def _example_label(num_classes: int, labels: dict[str, str]) -> str:
@@ -168,8 +175,8 @@ def build_card(
     Args:
         folder (`str` or `Path`): the pipeline's folder.
         repo_id (`str`): the repository that the snippets load.
-        license (`str`): identifier of the Hub.
-        datasets (`list` of `str`, *optional*): datasets of the Hub.
+        license (`str`): Hub licence identifier.
+        datasets (`list` of `str`, *optional*): Hub datasets.
         base_model (`str`, *optional*): repository that the model was made from.
         has_picture (`bool`): whether the repository holds `stages.png`.
         has_code (`bool`): whether it carries the code that diffusers alone needs.

@@ -281,7 +281,7 @@ def check_folder(folder: str | Path, license: str | None = None) -> list[str]:
 
     Args:
         folder (`str` or `Path`): the pipeline's folder.
-        license (`str`, *optional*): identifier of the Hub (`"apache-2.0"`), where the folder's card names none.
+        license (`str`, *optional*): Hub licence identifier (`"apache-2.0"`), where the folder's card names none.
 
     Returns:
         `list` of `str`: one line for each problem.

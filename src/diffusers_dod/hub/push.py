@@ -27,7 +27,16 @@ from ..repository import (
     index_with_code,
     resolve_index,
 )
-from .card import EVALUATION_NAME, TRAINING_NAME, build_card, build_lora_card, read_evaluation, read_json, read_object
+from .card import (
+    EVALUATION_NAME,
+    LORA_NAME,
+    TRAINING_NAME,
+    build_card,
+    build_lora_card,
+    read_evaluation,
+    read_json,
+    read_object,
+)
 from .check import CARD_NAME, PACKAGE, PARTS, check_folder, component_classes, find_stage_grid, is_model, list_files
 
 
@@ -162,12 +171,12 @@ def push_folder(
 
     Args:
         folder (`str` or `Path`): what `save_pretrained`, `diffusers-dod train` or `save_lora_weights` wrote.
-        repo_id (`str`): repository, made if need be.
-        license (`str`, *optional*): identifier of the Hub, needed where the folder has no card.
-        datasets (`list` of `str`, *optional*): datasets of the Hub that it was trained on, for the card.
+        repo_id (`str`): repository, created if missing.
+        license (`str`, *optional*): Hub licence identifier, needed where the folder has no card.
+        datasets (`list` of `str`, *optional*): Hub datasets used for training, for the card.
         base_model (`str`, *optional*): repository that it was converted or adapted from; needed for a LoRA.
         private (`bool`, *optional*): whether a new repository is private.
-        revision (`str`, *optional*): branch, made if need be; `main` by default.
+        revision (`str`, *optional*): branch, created if missing; `main` by default.
         create_pr (`bool`, defaults to `False`): whether to open a pull request against `main` instead.
         variant (`str`, *optional*): `"fp16"` or `"bf16"`, to upload the weights in that precision as well.
         include_code (`bool`, defaults to `True`): whether the repository carries the code that diffusers alone needs.
@@ -188,7 +197,8 @@ def push_folder(
     if create_pr and revision is not None:
         raise ValueError("a pull request is opened against `main`: leave out either `create_pr` or `revision`")
     problems = check_folder(folder, license)
-    has_card, is_lora = (folder / CARD_NAME).is_file(), not (folder / INDEX_NAME).is_file()
+    has_card = (folder / CARD_NAME).is_file()
+    is_lora = (folder / LORA_NAME).is_file() and not (folder / INDEX_NAME).is_file()
     if is_lora and base_model is None and not has_card:
         problems.append("a LoRA needs the model that it adapts: pass `--base_model`")
     if problems:

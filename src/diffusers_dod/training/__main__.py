@@ -1,6 +1,6 @@
 """Trains Diffusion on Diffusion (arXiv 2410.08531) on images, from scratch or from a saved pipeline.
 
-Images come from a folder with one subfolder per class, a folder of `datasets.save_to_disk` or a dataset of the Hub.
+Images come from a folder with one subfolder per class, a folder of `datasets.save_to_disk` or a Hub dataset.
 Without a VAE the model works on pixels:
 
     diffusers-dod train --train_data_dir digits --output_dir dod-digits --resolution 28 \\
@@ -13,20 +13,21 @@ On the latents of a VAE, with a recipe (the paper's model and batch) and 8 GPUs:
     accelerate launch --num_processes 8 -m diffusers_dod train --recipe examples/recipes/imagenet256.yaml \\
         --preset XL --train_data_dir imagenet/train --train_batch_size 32 --dataloader_num_workers 8 --output_dir dod-xl
 
-`output_dir` then loads with `DoDPipeline.from_pretrained`. During training it receives `checkpoint-N` folders, sample grids
-in `samples/` (rows are stages, columns classes), the logs, `training_config.json` and `environment.json`.
+`output_dir` then loads with `DoDPipeline.from_pretrained`. During training it receives `checkpoint-N` folders, sample
+grids in `samples/` (columns are classes, with three samples per stage), the logs, `training_config.json` and
+`environment.json`.
 
 To resume an interrupted run, repeat the same command; a finished run ends at once with status 0. Only one process, or
-group of processes, can train in a folder at a time. SIGTERM and SIGINT write a checkpoint first and end with 128 plus the
-signal's number, 143 and 130; so does the end of the launcher that started the process. Bad input is one line and status 2.
-If a checkpoint cannot be written, for instance to a full disk, the older ones stay intact and training continues; if it is
-the last one, the status is 1. More than `--max_skipped_steps` bad updates in a row are status 3. `accelerate launch` turns
-every status but 0 into 1; on one device use `diffusers-dod train`.
+group of processes, can train in a folder at a time. SIGTERM and SIGINT write a checkpoint first and end with 128 plus
+the signal's number, 143 and 130; so does the end of the launcher that started the process. Bad input gives one line and
+status 2. If a checkpoint cannot be written, for instance to a full disk, the older ones stay intact and training
+continues; for the last one, the status is 1. More than `--max_skipped_steps` bad updates in a row give status 3.
+`accelerate launch` turns every status but 0 into 1; on one device use `diffusers-dod train`.
 
 Every random number of a step follows from the seed, the step and the row's position in the global batch. A resumed run
-thus takes the steps that an unbroken one would have taken, bit by bit on the same machine, and any number of processes
-and accumulation steps trains on the same rows with the same noise as long as their product with `--train_batch_size`
-stays. Only a stream's order depends on the number of processes.
+thus takes the steps that an unbroken one would have taken, bit for bit on the same machine, and any number of processes
+and accumulation steps trains on the same rows with the same noise, as long as the global batch stays the same. Only a
+stream's order depends on the number of processes.
 """
 
 import sys

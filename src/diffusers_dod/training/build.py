@@ -98,7 +98,7 @@ def keep_precision_in_fsdp(accelerator: Accelerator) -> None:
 
 
 def check_prior_rows(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """An embedder that sees no row of a batch gets no gradient: DDP must be told, FSDP2 cannot do it."""
+    """An embedder that sees no row of a batch gets no gradient: DDP needs a setting for that, FSDP2 cannot do it."""
     if int(args.train_batch_size * (1 - args.prior_drop)) > 0:
         return
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP and args.prior_drop < 1

@@ -1,4 +1,4 @@
-"""A model of the codes: encoding a data set to codes, building the model, and telling whether it copies.
+"""A model of the codes: encoding a data set to codes, building the model, and measuring whether it copies.
 
 Data flows as: images or cached latents -> latents -> the pipeline's embedder -> codes, normalised per channel -> the
 training loop, for which codes are latents.

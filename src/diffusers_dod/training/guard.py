@@ -12,7 +12,7 @@ class TooManyBadSteps(CommandError):
 
 
 class StepGuard:
-    """Tells which updates to skip: those that are not finite, and those far above the usual gradient norm.
+    """Decides which updates to skip: those that are not finite, and those far above the usual gradient norm.
 
     Args:
         spike_factor (`float`, *optional*):

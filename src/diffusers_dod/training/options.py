@@ -50,15 +50,17 @@ REAL, SIGNED = number(float, 0), number(float, float("-inf"))
 def add_data_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder with one subfolder per class, or one that `datasets.save_to_disk` wrote")
-    add("--dataset_name", help="dataset of the Hub, its `train` split")
-    add("--dataset_config_name", help="its configuration")
+    add("--dataset_name", help="Hub dataset; its `train` split is used")
+    add("--dataset_config_name", help="configuration of that dataset")
     add("--latents_dir", help="cached latents of `diffusers-dod cache`, in place of images")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
-    add("--num_classes", type=INTEGER, help="classes of the model; default: the data's. 0 is unconditional")
+    add("--num_classes", type=INTEGER, help="classes of the model; default: the data's; 0: unconditional")
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
     add("--cache_dir", help="where downloads and prepared data are kept; default: the `datasets` cache")
-    resolution = "side of the square images, by ADM's centre crop; default: the model's, or near that of the images, 256 at most"
+    resolution = "side in pixels, after ADM's centre crop; default: the model's" + (
+        ", or near the images', at most 256" if images else ""
+    )
     add("--resolution", type=POSITIVE, help=resolution)
     add("--random_flip", action=SWITCH, default=False, help="mirror images at random")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
@@ -73,11 +75,11 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
         add("--shuffle_buffer_size", type=POSITIVE, default=1000, help="images that a stream shuffles at a time")
 
 
-def add_time_options(add: Callable[..., Any]) -> None:
+def add_time_options(add: Callable[..., Any], condition: str = "") -> None:
     add(
         "--timestep_density",
         choices=("logit_normal", "uniform", "mode"),
-        help="distribution of sigma, flow only; default: logit_normal",
+        help=f"distribution of sigma{condition}; default: logit_normal",
     )
     add("--logit_mean", type=SIGNED, help="mean for logit_normal, above 0 is noisier; default: 0")
     add("--logit_std", type=REAL, help="standard deviation for logit_normal; default: 1")
@@ -85,41 +87,41 @@ def add_time_options(add: Callable[..., Any]) -> None:
     add(
         "--weighting",
         choices=("none", "cosmap", "sigma_sqrt"),
-        help="weight of the loss by sigma, flow only; default: none",
+        help=f"weight of the loss by sigma{condition}; default: none",
     )
 
 
 def add_optimisation_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    unnamed = "where no size of the models is given"
+    unnamed = "without a model size"
     help_of = dict.fromkeys(("steps", "batch", "rate"), "")
     if images:  # settled by `settle_pace`
         help_of = {
             "steps": f"; default: {STEPS} {unnamed}",
             "batch": f"; default: 16, or {BATCH_SIZE} {unnamed}",
-            "rate": f"; default: 1e-4, or by the size {unnamed}",
+            "rate": f"; default: 1e-4, or chosen {unnamed}",
         }
     steps = "optimisation steps of the whole run" + help_of["steps"]
     add("--max_train_steps", type=POSITIVE, required=not images, help=steps)
     batch = "images per process and accumulation step" + help_of["batch"]
     add("--train_batch_size", type=POSITIVE, help=batch)
-    add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="parts that a process's batch is made of")
+    add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="batches per process and optimisation step")
     optimizers = "adamw_8bit needs bitsandbytes"
     add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
-    add("--learning_rate", type=REAL, help="at its highest" + help_of["rate"])
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes")
-    add("--lr_warmup_steps", type=INTEGER, default=0, help="steps in which it rises from 0")
+    add("--learning_rate", type=REAL, help="peak learning rate" + help_of["rate"])
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
+    add("--lr_warmup_steps", type=INTEGER, default=0, help="linear warm-up steps of the learning rate")
     add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the gradients' mean")
-    add("--adam_beta2", type=FRACTION, default=0.999, help="decay of their squares' mean")
+    add("--adam_beta2", type=FRACTION, default=0.999, help="decay of the squared gradients' mean")
     add("--adam_weight_decay", type=REAL, default=0.0, help="decoupled weight decay")
-    add("--adam_epsilon", type=REAL, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=REAL, default=1.0, help="norm to which gradients are clipped; 0 does not clip")
+    add("--adam_epsilon", type=REAL, default=1e-8, help="added to Adam's denominator")
+    add("--max_grad_norm", type=REAL, default=1.0, help="gradient clipping norm; 0 disables clipping")
     add("--spike_factor", type=REAL, help="skip updates whose gradient norm is above this multiple of its mean")
     add(
         "--max_skipped_steps",
         type=INTEGER,
         default=20,
-        help="skipped updates in a row (NaN, infinity, spikes) to bear",
+        help="consecutive skipped updates (NaN, infinity, spikes) allowed",
     )
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: from `accelerate config`")
     add("--ema", action=SWITCH, default=True, help="average the weights; the averages are the result")
@@ -146,16 +148,20 @@ def add_output_options(parser: Parser) -> None:
         metavar="STEP",
         help="steps whose checkpoints are kept beside that limit, as weaker models for autoguidance",
     )
-    add("--resume_from_checkpoint", default="auto", help="a checkpoint, or auto: the last of --output_dir, if any")
-    add("--validation_steps", type=INTEGER, default=1000, help="steps between sample grids; 0 draws none")
+    add(
+        "--resume_from_checkpoint",
+        default="auto",
+        help="checkpoint folder, or auto: the newest in --output_dir, if any",
+    )
+    add("--validation_steps", type=INTEGER, default=1000, help="steps between sample grids; 0: none")
     add(
         "--evaluation_samples",
         type=INTEGER,
         default=0,
-        help="samples per stage for metrics beside the grid; 0 is none",
+        help="samples per stage for metrics beside the grid; 0: none",
     )
-    add("--evaluation_reference", help="what they are compared with: a folder of images, an .npz of ADM, or a dataset")
-    add("--evaluation_extractor", default="inception", help="inception, or a vision model of transformers")
+    add("--evaluation_reference", help="reference for these metrics: image folder, ADM .npz or dataset")
+    add("--evaluation_extractor", default="inception", help="inception, or a transformers vision model")
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="tracker of the logs")
     add("--push_to_hub", action=SWITCH, default=False, help="push the result with a card; a failed push is a warning")
     add("--hub_model_id", help="repository; default: the name of --output_dir")
@@ -170,7 +176,7 @@ def add_output_options(parser: Parser) -> None:
     add(
         "--peak_tflops",
         type=number(float, 1e-3),
-        help="peak of one device, for the MFU; default: from a table of GPUs in training/flops.py",
+        help="peak TFLOP/s of one device, for the MFU; default: by the GPU's name",
     )
 
 
@@ -179,28 +185,35 @@ def build_parser(description: str = "") -> Parser:
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser)
     add = parser.add_argument_group("model").add_argument
-    preset = "size of both models, see diffusers_dod.presets; default: chosen from images and device"
+    preset = "size of both models, see diffusers_dod.presets; default: chosen from the images and device"
     add("--preset", choices=list(PRESETS), help=preset)
-    transformer = "constructor arguments, JSON or a JSON file; what it leaves out is as in XL"
+    transformer = "constructor arguments, JSON or a JSON file; missing entries as in XL"
     add("--transformer_config", type=json_object, action=Merge, help=transformer)
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
     add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
     add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
-    add("--lora_rank", type=POSITIVE, help="rank of a LoRA on the transformer; trains embedder,lora by default")
-    add("--vae_name_or_path", help="autoencoder of diffusers; none is pixel space")
-    add("--vae_subfolder", help="where in it")
+    add(
+        "--lora_rank",
+        type=POSITIVE,
+        help="rank of a LoRA on the transformer; implies --train embedder,lora unless --train is given",
+    )
+    add("--vae_name_or_path", help="diffusers autoencoder; default: none, pixel space")
+    add("--vae_subfolder", help="subfolder of the autoencoder")
     add("--gradient_checkpointing", action=SWITCH, default=False, help="less memory, more time")
     add("--compile", action=SWITCH, default=False, help="compile the blocks of both models")
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=("flow", "epsilon", "v_prediction"), help="default: the saved model's, or flow")
     add("--prior_drop", type=FRACTION, default=0.5, help="share of rows without a prior, which train stage 1")
-    add("--class_drop", type=FRACTION, default=0.1, help="share of rows without a class (ours: the paper is silent)")
-    add_time_options(add)
+    add("--class_drop", type=FRACTION, default=0.1, help="share of rows without a class")
+    add_time_options(add, ", flow only")
     add("--embedder_noise", type=REAL, default=0.0, help="standard deviation of noise on what the embedder reads")
-    add("--bottleneck_noise", type=REAL, default=0.0, help="the same on its codes, relative to their size")
-    repa = (
-        "vision model of transformers for representation alignment (REPA), or `cached` for features beside the latents"
+    add(
+        "--bottleneck_noise",
+        type=REAL,
+        default=0.0,
+        help="standard deviation of noise on the codes, relative to their size",
     )
+    repa = "transformers vision model for representation alignment (REPA), or `cached` for features beside the latents"
     add("--repa_encoder", help=repa)
     add("--repa_weight", type=REAL, default=0.5, help="weight of the alignment loss")
     add("--repa_layer", type=POSITIVE, default=8, help="the transformer's block that is aligned, from 1")

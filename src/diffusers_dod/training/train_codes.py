@@ -1,11 +1,12 @@
-"""Trains a model of a pipeline's codes, with which it needs no stage 1: minutes on a CPU for small data.
+"""Trains a code model, which replaces a pipeline's stage 1: minutes on a CPU for small data.
 
-    diffusers-dod train-codes outputs/mine --train_data_dir images --max_train_steps 4000 --output_dir outputs/mine-codes
+    diffusers-dod train-codes outputs/mine --train_data_dir images --max_train_steps 4000 \\
+        --output_dir outputs/mine-codes
 
 The data are encoded to codes once, by the pipeline's own latent embedder, and kept in memory. `output_dir` receives the
-whole pipeline with the code model; `DoDPipeline` then draws from codes by default. Cached latents (`--latents_dir`) spare
-the autoencoder. Some images are held out: at the end the command prints how far generated codes lie from the training codes
-beside how far held-out codes do, and warns if the model copies.
+whole pipeline with the code model; `DoDPipeline` then draws from codes by default. With cached latents
+(`--latents_dir`), no autoencoder runs. Some images are held out: at the end the command prints the distances of
+generated and of held-out codes to the nearest training code, and warns if the model copies.
 
 Resuming, averages, logs, sample grids, signals and exit statuses are those of `diffusers-dod train`.
 """
@@ -54,7 +55,7 @@ UNUSED = {
 
 def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod train-codes", description=__doc__)
-    parser.add_argument("pipeline", help="the DoD pipeline, a folder or a repository of the Hub")
+    parser.add_argument("pipeline", help="the DoD pipeline: a folder or Hub repository")
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser, images=False)
     add = parser.add_argument_group("model").add_argument
@@ -64,7 +65,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("objective").add_argument
     add("--class_drop", type=FRACTION, default=0.1, help="share of rows without a class, for guidance")
     add_time_options(add)
-    held_out = "share of the images that are held out to tell whether the model copies"
+    held_out = "share of images held out to test whether the model copies"
     add("--held_out", type=FRACTION, default=0.05, help=held_out)
     add("--encoding_batch_size", type=POSITIVE, default=256, help="images per forward of the embedder")
     add_optimisation_options(parser, images=False)

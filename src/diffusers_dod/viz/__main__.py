@@ -3,9 +3,9 @@
     diffusers-dod viz --model outputs/mine --output_dir pictures
 
 `output_dir` receives `stages.png` (rows: stages, columns: classes), `differences.png` (what each stage changed in the
-sample of the one before; middle gray is no change) and `codes.png` (the codes that the embedder extracts from every sample); with
-`--logs outputs/mine/logs` also `curves.png`, which needs tensorboard and matplotlib. The same arguments give the same
-pictures.
+previous stage's sample; middle gray is no change) and `codes.png` (the codes that the embedder extracts from every
+sample); with `--logs outputs/mine/logs` also `curves.png`, which needs tensorboard and matplotlib. The same arguments
+give the same pictures.
 """
 
 import argparse
@@ -22,10 +22,14 @@ MAX_COLUMNS = 10
 def build_parser() -> Parser:
     parser = Parser(prog="diffusers-dod viz", description=__doc__)
     add, positive = parser.add_argument, number(int, 1)
-    add("--model", required=True, help="folder or repository of the Hub")
+    add("--model", required=True, help="folder or Hub repository")
     add("--output_dir", type=Path, required=True, help="folder of the pictures")
     add("--classes", nargs="+", help=f"ids or names; default: the first {MAX_COLUMNS}")
-    add("--num_stages", type=number(int, 1, 1000), help="stages to run; default: 3, or 2 from codes")
+    add(
+        "--num_stages",
+        type=number(int, 1, 1000),
+        help="stages to run; default: one more than the pipeline's, so 3, or 2 from codes",
+    )
     source = "where the first prior comes from; default: codes where there is a code model"
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")

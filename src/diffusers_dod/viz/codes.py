@@ -20,7 +20,7 @@ def code_maps(codes: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
         grid (pair of `int`): rows and columns.
 
     Returns:
-        one `PIL.Image.Image` of `columns` x `rows` pixels a sample.
+        one `PIL.Image.Image` of `columns` x `rows` pixels per sample.
     """
     rows, columns = grid
     values = codes.detach().double().cpu().flatten(0, 1)
@@ -43,7 +43,7 @@ def code_maps(codes: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
 
 @torch.no_grad()
 def stage_code_maps(pipe: DoDPipeline, stages: list[torch.Tensor]) -> list[list[Image.Image]]:
-    """What the pipeline's embedder extracts from each stage, which is all that the next stage is told of it.
+    """What the pipeline's embedder extracts from each stage, all that the next stage receives from it.
 
     Args:
         pipe ([`DoDPipeline`]): the pipeline that drew the samples.

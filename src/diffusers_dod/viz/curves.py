@@ -34,11 +34,11 @@ def read_scalars(logs: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_curves(scalars: dict[str, list[tuple[int, float]]], path: str | os.PathLike) -> None:
-    """Writes one picture: a panel of the losses, and one a metric with a line for each stage.
+    """Writes one picture: a panel of the losses, and one per metric with a line for each stage.
 
     Args:
         scalars (`dict` of `str` to pairs): as [`read_scalars`] returns them; other names are left out.
-        path (`str` or `os.PathLike`): of the picture; its suffix says the format.
+        path (`str` or `os.PathLike`): of the picture; its suffix sets the format.
 
     Raises:
         ValueError: if there is neither a loss nor a metric.
