@@ -1,8 +1,9 @@
-"""Measures a trained model, and makes a folder of examples/pretrained/ of it: weights, code, card, picture.
+"""Measures a trained model, and makes a folder of examples/pretrained/ of it: weights, figures, picture.
 
     python study/publish.py outputs/digits-codes --data digits --output_dir examples/pretrained/digits
 
-Then `python examples/pretrained/write_code.py`. Figures are of the pipeline's default call, three seeds. Weights are saved in half precision, and measured as they are saved.
+Then `python examples/pretrained/write_code.py` adds code and card. Figures are of the pipeline's default call, three seeds.
+Weights are saved in half precision, and measured as they are saved.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from referee import Referee
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline
-from diffusers_dod.hub.card import build_card
 from diffusers_dod.training.codes import nearest_distance
 from diffusers_dod.viz import code_maps, stage_grid
 
@@ -159,7 +159,7 @@ def main() -> None:
         (args.output_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
     save_picture(pipe, args.classes, args.output_dir / "stages.png")
 
-    # 3. How it was trained, and the card
+    # 3. How it was trained
     name = args.output_dir.name
     recipes = {"backbone and embedder": f"{name}.yaml", "code model": f"{name}_codes.yaml"}
     training = {"data": SOURCES[args.data], "seed": 0}
@@ -169,8 +169,6 @@ def main() -> None:
             if not key.endswith(("_steps", "_limit", "_path")) or key == "max_train_steps":
                 training[f"{key}, {part}"] = value if isinstance(value, str) else json.dumps(value)
     (args.output_dir / "training_config.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n")
-    card = build_card(args.output_dir, args.output_dir.as_posix(), "apache-2.0", has_picture=True)
-    (args.output_dir / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

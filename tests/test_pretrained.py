@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.hub import check_folder
+from diffusers_dod.hub.card import build_card
 from diffusers_dod.repository import carried_code
 
 
@@ -36,8 +37,10 @@ def test_a_model_draws_alike_with_and_without_the_package(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_code_of_a_model_is_the_packages(name):
+def test_the_code_and_the_card_of_a_model_are_the_packages(name):
     folder = EXAMPLES / "pretrained" / name
+    card = build_card(folder, f"examples/pretrained/{name}", "apache-2.0", has_picture=True)
+    assert (folder / "README.md").read_text() == card, "run `python examples/pretrained/write_code.py`"
     code = carried_code(json.loads((folder / "model_index.json").read_text()))
     assert len(code) == 4
     for path, text in code.items():
