@@ -135,7 +135,7 @@ def train(
     batches = make_batches(args, data, channels, accelerator, step, stream_state)
     sums, saved, stopped = StepSums(device), step, None
     add_gradients = GradientStep(
-        *(args, accelerator, module, transformer, embedder, vae, repa, noise_scheduler, sums, shares)
+        args, accelerator, module, transformer, embedder, vae, repa, noise_scheduler, sums, shares
     )
     # With one number beside it, the bar fits 80 columns.
     options = {"desc": "Training", "dynamic_ncols": True, "disable": not accelerator.is_local_main_process}
