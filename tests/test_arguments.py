@@ -1,7 +1,7 @@
 """Any value in any argument ends in a finite result of the right shape, or in one line that names the argument.
 
-hypothesis draws the values, always the same ones. `DOD_EXAMPLES=5000 python -m pytest tests/test_arguments.py` draws that many
-others of each test.
+hypothesis draws the values, always the same ones. `DOD_EXAMPLES=5000 python -m pytest --timeout 0 tests/test_arguments.py` draws
+that many others of each test.
 """
 
 import inspect

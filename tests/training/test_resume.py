@@ -16,7 +16,7 @@ from training_runs import NAMES, arguments, assert_equal_tensors, cache_digits, 
 from diffusers_dod import DoDPipeline
 
 
-# CI kills each kind of run ten times: `DOD_KILLS=20 python -m pytest tests/training/test_resume.py -k killed` does more.
+# CI kills each kind of run ten times: `DOD_KILLS=20 python -m pytest --timeout 0 tests/training/test_resume.py -k killed` does more.
 KILLS = int(os.environ.get("DOD_KILLS", 10))
 STEPS = max(48, 8 * KILLS)
 OPTIONS = ("--resolution", 14, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--random_flip")
