@@ -217,8 +217,8 @@ def test_threads_with_pipelines_of_their_own_draw_what_each_draws_alone(name):
 ORIGINALS = {
     "pipeline": lambda: tiny_pipeline(),
     "coded pipeline": lambda: tiny_coded_pipeline(id2label={0: "cat", 1: "dog"}),
-    "DiT's parts": lambda: tiny_pipeline(
-        transformer=tiny_transformer(in_channels=4, pos_embed_type="sincos", adaln_type="full", qk_norm=None)
+    "LightningDiT's positions": lambda: tiny_pipeline(
+        transformer=tiny_transformer(in_channels=4, pos_embed_type="rope_sincos", adaln_type="full", qk_norm=None)
     ),
     "another scheduler": lambda: tiny_pipeline(scheduler=diffusers.FlowMatchHeunDiscreteScheduler()),
     "bfloat16": lambda: tiny_pipeline().to(torch.bfloat16),

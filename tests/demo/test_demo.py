@@ -490,17 +490,17 @@ PLAIN = {  # a request of each kind, with two states of the page
     "mix": [None, None, 1, 0.5],
 }
 RUDE = {
-    "a class that is none": ("generate", 2, True),
-    "no samples": ("generate", 3, None),
-    "a seed of 300 digits": ("generate", 5, 1e300),
-    "no stages": ("generate", 8, None),
-    "no steps": ("generate", 10, None),
-    "guidance of NaN": ("generate", 14, float("nan")),
-    "guidance of True": ("generate", 14, True),
-    "guidance of letters": ("generate", 14, "much"),
-    "no guidance": ("generate", 15, None),
-    "a share of NaN": ("mix", 3, float("nan")),
-    "a class to mix that is none": ("mix", 2, True),
+    "a class that is none": ("generate", 2, True, "Class True is out of range"),
+    "no samples": ("generate", 3, None, "`num_samples` is None"),
+    "a seed of 300 digits": ("generate", 5, 1e300, "The seed must be from 0"),
+    "no stages": ("generate", 8, None, "Choose the number of stages"),
+    "no steps": ("generate", 10, None, "`num_inference_steps` is None"),
+    "guidance of NaN": ("generate", 14, float("nan"), "`guidance_scale` is nan"),
+    "guidance of True": ("generate", 14, True, "`guidance_scale` is True"),
+    "guidance of letters": ("generate", 14, "much", "`guidance_scale` is "),
+    "no guidance": ("generate", 15, None, "`guidance_scale` is None"),
+    "a share of NaN": ("mix", 3, float("nan"), "by a share from 0 to 1"),
+    "a class to mix that is none": ("mix", 2, True, "Class True is out of range"),
 }
 
 
@@ -508,7 +508,7 @@ RUDE = {
 def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name):
     """What gradio itself lets through."""
     config = httpx.get(f"{address}/config").json()
-    kind, place, value = RUDE[name]
+    kind, place, value, message = RUDE[name]
     function = next(each["id"] for each in config["dependencies"] if each["api_name"] == kind)
     data = [*PLAIN[kind]]
     data[place] = value
@@ -521,7 +521,7 @@ def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name
             shown += [event["output"]] if "output" in event else []
             if event.get("msg") == "process_completed":
                 break
-    assert event["success"] and 'role="alert"' in str(shown)
+    assert event["success"] and 'role="alert"' in str(shown) and message in str(shown)
     assert "sample" in str(shown)  # the last result is still there
 
 

@@ -162,6 +162,11 @@ def move_an_image(data):
     image.rename(data / "digit 1" / "moved.png")
 
 
+def move_the_last_image_to_be_the_next_class_s_first(data):
+    """The images stay in their order."""
+    sorted((data / "digit 0").iterdir())[-1].rename(data / "digit 1" / "!.png")
+
+
 def rename_an_image(data):
     image = sorted((data / "digit 0").iterdir())[0]
     image.rename(data / "digit 0" / "zzz.png")
@@ -180,7 +185,16 @@ def change_a_byte_after_the_pixels(data):
 
 
 @pytest.mark.parametrize(
-    "change", [replace_an_image, move_an_image, rename_an_image, swap_two, change_a_byte_after_the_pixels]
+    "change",
+    [
+        replace_an_image,
+        move_an_image,
+        move_the_last_image_to_be_the_next_class_s_first,
+        rename_an_image,
+        swap_two,
+        change_a_byte_after_the_pixels,
+    ],
+    ids=lambda change: change.__name__,
 )
 def test_a_run_is_not_resumed_on_other_images(tmp_path, change, capsys):
     """Of the same number; the same images at another place are the same."""
