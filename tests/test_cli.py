@@ -252,6 +252,14 @@ def test_numbers_out_of_range(text):
             parser.parse_args([f"--share={text}"])
 
 
+@pytest.mark.parametrize("command", ["train", "train-codes", "sample", "evaluate", "probe", "viz"])
+def test_seeds_are_those_that_every_library_takes(command):
+    assert parse(command, "--seed", str(2**32 - 1)).seed == 2**32 - 1
+    for seed in (-1, 2**33, 2**64, 10**30):
+        with pytest.raises(BadInput, match=f"--seed: {seed} is not from 0 to {2**32 - 1}"):
+            parse(command, f"--seed={seed}")
+
+
 def test_a_json_object_in_the_line_or_in_a_file(tmp_path):
     parser = Parser(prog="prog")
     parser.add_argument("--config", type=json_object)

@@ -3,11 +3,14 @@
 import copy
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
 import torch
-from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from safetensors.torch import load_file, save_file
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
@@ -120,9 +123,21 @@ def test_a_sample_that_diverged_is_an_error_and_no_black_picture(scheduler, outp
         pipe([1], num_inference_steps=6, output_type=output_type)
 
 
-def test_huge_guidance_diverges_aloud():
+DIVERGING = {
+    "guidance of both stages": ({"guidance_scale": 3e37, "guidance_interval": (0, 1)}, {}),
+    "guidance of the second stage": ({"guidance_scale": [1.0, -1e38], "guidance_interval": (0, 1)}, {}),
+    "guidance by the prior": ({"prior_guidance_scale": 1e38, "guidance_interval": (0, 1)}, {}),
+    "noise of the user's": ({"latents": torch.full((1, 3, 8, 8), 3e38)}, {}),
+    "a terminal shift with one step": ({"num_inference_steps": 1}, {"shift_terminal": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_what_diverges_does_so_aloud(name):
+    options, scheduler = DIVERGING[name]
+    pipe = tiny_pipeline(channels=3, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler))
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler diverged. Lower `guidance_scale`"):
-        tiny_pipeline(channels=3)([1], num_inference_steps=4, guidance_scale=1e38, guidance_interval=(0, 1))
+        pipe([1], **{"num_inference_steps": 4} | options)
 
 
 @pytest.mark.parametrize("where", ["scheduler", "code_scheduler"])
@@ -135,24 +150,75 @@ def test_dynamic_shifting_is_refused_before_anything_is_drawn(where):
         pipe([1], num_inference_steps=1)
 
 
-def test_from_pipe_shares_models_and_labels():
-    pipe = tiny_coded_pipeline(id2label={0: "cat", 1: "dog"})
-    other = DoDPipeline.from_pipe(pipe)
-    assert other is not pipe and all(other.components[name] is part for name, part in pipe.components.items())
-    assert other.labels == pipe.labels
-    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-    assert DoDPipeline.from_pipe(pipe, scheduler=scheduler, code_transformer=None).scheduler is scheduler
-    assert DoDPipeline.from_pipe(tiny_pipeline(), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert DoDPipeline.from_pipe(tiny_pipeline(), dtype=torch.bfloat16).dtype == torch.bfloat16
+FROM_PIPE = {
+    "all of a code model": {},
+    "another scheduler": {"scheduler": diffusers.FlowMatchHeunDiscreteScheduler()},
+    "no code model": {"code_transformer": None, "code_scheduler": None},
+    "a guider": {"guider": ClassifierFreeGuidance(2.0)},
+    "an autoencoder": {"vae": tiny_vae()},
+    "other labels": {"id2label": {0: "owl"}},
+}
+
+
+@pytest.mark.parametrize("name", FROM_PIPE)
+def test_from_pipe_shares_models_and_labels(name):
+    pipe, given = tiny_coded_pipeline(id2label={0: "cat", 1: "dog"}), FROM_PIPE[name]
+    other = DoDPipeline.from_pipe(pipe, **given)
+    assert other is not pipe
+    assert all(other.components[part] is given.get(part, pipe.components[part]) for part in pipe.components)
+    assert other.labels == ({"owl": [0]} if "id2label" in given else {"cat": [0], "dog": [1]})
+    assert (
+        other("owl" if "id2label" in given else "cat", num_inference_steps=1, output_type="latent").images is not None
+    )
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_takes_a_type_and_refuses_what_it_does_not_know(name):
+    assert DoDPipeline.from_pipe(tiny_pipeline(), **{name: torch.bfloat16}).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="has no component 'unet'"):
-        DoDPipeline.from_pipe(pipe, unet=None)
+        DoDPipeline.from_pipe(tiny_pipeline(), unet=None)
+
+
+MULTISTEP = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+OF_THREADS = {
+    "stages": lambda: tiny_pipeline(),
+    "codes": lambda: tiny_coded_pipeline(),
+    "two calls a step": lambda: tiny_pipeline(scheduler=diffusers.FlowMatchHeunDiscreteScheduler()),
+    "a scheduler with a memory": lambda: tiny_pipeline(scheduler=diffusers.UniPCMultistepScheduler(**MULTISTEP)),
+    "a guider": lambda: tiny_pipeline(guider=ClassifierFreeGuidance(3.0, start=0.2, stop=0.6)),
+    "a guider with a memory": lambda: tiny_pipeline(
+        guider=AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_THREADS)
+def test_threads_with_pipelines_of_their_own_draw_what_each_draws_alone(name):
+    """As `docs/how-it-works.md` says; the two take their steps by turns."""
+    pipe = OF_THREADS[name]()
+    own = {part: copy.deepcopy(pipe.components[part]) for part in ("scheduler", "code_scheduler", "guider")}
+    pipes, turns = (pipe, DoDPipeline.from_pipe(pipe, **own)), threading.Barrier(2)
+    pipes[1].set_progress_bar_config(disable=True)
+
+    def draw(number, **options):
+        options |= {"num_inference_steps": 5, "code_num_inference_steps": 5, "output_type": "latent"}
+        return pipes[number]([number], generator=torch.Generator().manual_seed(number), **options).images
+
+    def take_turns(*_):
+        turns.wait(20)
+        return {}
+
+    alone = [draw(number) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda number: draw(number, callback_on_step_end=take_turns), range(2)))
+    assert all(torch.equal(one, other) for one, other in zip(together, alone))
 
 
 ORIGINALS = {
     "pipeline": lambda: tiny_pipeline(),
     "coded pipeline": lambda: tiny_coded_pipeline(id2label={0: "cat", 1: "dog"}),
-    "DiT's parts": lambda: tiny_pipeline(
-        transformer=tiny_transformer(in_channels=4, pos_embed_type="sincos", adaln_type="full", qk_norm=None)
+    "LightningDiT's positions": lambda: tiny_pipeline(
+        transformer=tiny_transformer(in_channels=4, pos_embed_type="rope_sincos", adaln_type="full", qk_norm=None)
     ),
     "another scheduler": lambda: tiny_pipeline(scheduler=diffusers.FlowMatchHeunDiscreteScheduler()),
     "bfloat16": lambda: tiny_pipeline().to(torch.bfloat16),
@@ -161,15 +227,21 @@ ORIGINALS = {
 
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_deep_copy_draws_the_same_and_shares_nothing(name):
+    """Also after it was used, in whatever mode; the copy can be trained."""
     pipe = ORIGINALS[name]()
-    copied = copy.deepcopy(pipe)
 
     def draw(pipe):
         generator = torch.Generator().manual_seed(0)
         return pipe([1], num_inference_steps=2, output_type="latent", generator=generator).images
 
-    expected = draw(pipe)
+    with torch.inference_mode():
+        expected = draw(pipe).clone()
+    noise, ids = torch.randn(1, 4, 8, 8, dtype=pipe.dtype), torch.tensor([1])
+    pipe.transformer(noise, torch.tensor([500.0]), ids)
+    copied = copy.deepcopy(pipe)
     assert torch.equal(draw(copied), expected) and copied.scheduler is not pipe.scheduler
+    copied.transformer(noise, torch.tensor([500.0]), ids).sample.sum().backward()
+    assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
             parameter.add_(1)

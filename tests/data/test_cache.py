@@ -219,6 +219,51 @@ def test_a_file_that_is_not_what_it_should_be_is_named_when_the_cache_is_opened(
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"file": "../other/{name}"},
+        {"file": "{folder}/{name}"},
+        {"file": "below/../{name}"},
+        {"file": "link"},
+        {"file": ".."},
+        {"file": ""},
+        {"file": ["{name}"]},
+        {"file": None},
+        {"file": "{name}\0"},
+        {"bytes": "many"},
+        {"sha256": None},
+    ],
+    ids=json.dumps,
+)
+def test_a_manifest_names_nothing_but_shards_of_its_folder(tmp_path, entry):
+    """Though the file that it names is the right one."""
+    for folder in ("cache", "other"):
+        make_cache(tmp_path / folder)
+    name = shard(tmp_path / "cache", 1).name
+    (tmp_path / "cache" / "below").mkdir()
+    (tmp_path / "cache" / "link").symlink_to(tmp_path / "other" / name)
+    file = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    values = {
+        key: value.format(name=name, folder=tmp_path / "other") if isinstance(value, str) else value
+        for key, value in entry.items()
+    }
+    manifest["shards"][1] |= values
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{file} does not name the shards of this folder"):
+        CachedLatents(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("shards", [[], {}, "all", [1, 2, 3], [{}], 5], ids=json.dumps)
+def test_a_manifest_without_its_shards_is_refused(tmp_path, shards):
+    make_cache(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
+    with pytest.raises(ValueError, match="does not name the shards of this folder"):
+        CachedLatents(tmp_path)
+
+
 def test_verifying_finds_a_single_changed_bit(tmp_path):
     make_cache(tmp_path)
     path = shard(tmp_path, 1)

@@ -33,7 +33,7 @@ def deep(root):
 
 
 def characters(root):
-    names = ["a*b/?.png", "c::d/x y.png", "e{1,2}/#%20.png", "f!/~'\"&.png", "ü\n/**.png"]
+    names = ["a*b/?.png", "axb/1.png", "c::d/x y.png", "e{1,2}/#%20.png", "f!/~'\"&.png", "ü\n/**.png", "ü\n/y.png"]
     write(root, *names)
     return sorted(names), {}
 

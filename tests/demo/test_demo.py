@@ -485,13 +485,22 @@ def test_a_space_would_start_this_with_the_gradio_that_was_tested():
     assert len(front_matter["short_description"]) <= 60
 
 
+PLAIN = {  # a request of each kind, with two states of the page
+    "generate": [None, None, 1, 1, False, 0, False, "stage", 2, None, *[2] * 4, *[1.5] * 4],
+    "mix": [None, None, 1, 0.5],
+}
 RUDE = {
-    "a class that is none": (2, True),
-    "no stages": (8, None),
-    "no steps": (10, None),
-    "guidance of NaN": (14, float("nan")),
-    "guidance of True": (14, True),
-    "no guidance": (15, None),
+    "a class that is none": ("generate", 2, True, "Class True is out of range"),
+    "no samples": ("generate", 3, None, "`num_samples` is None"),
+    "a seed of 300 digits": ("generate", 5, 1e300, "The seed must be from 0"),
+    "no stages": ("generate", 8, None, "Choose the number of stages"),
+    "no steps": ("generate", 10, None, "`num_inference_steps` is None"),
+    "guidance of NaN": ("generate", 14, float("nan"), "`guidance_scale` is nan"),
+    "guidance of True": ("generate", 14, True, "`guidance_scale` is True"),
+    "guidance of letters": ("generate", 14, "much", "`guidance_scale` is "),
+    "no guidance": ("generate", 15, None, "`guidance_scale` is None"),
+    "a share of NaN": ("mix", 3, float("nan"), "by a share from 0 to 1"),
+    "a class to mix that is none": ("mix", 2, True, "Class True is out of range"),
 }
 
 
@@ -499,9 +508,10 @@ RUDE = {
 def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name):
     """What gradio itself lets through."""
     config = httpx.get(f"{address}/config").json()
-    function = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
-    data = [None, None, 1, 1, False, 0, False, "stage", 2, None, *[2] * 4, *[1.5] * 4]  # two states of the page
-    data[RUDE[name][0]] = RUDE[name][1]
+    kind, place, value, message = RUDE[name]
+    function = next(each["id"] for each in config["dependencies"] if each["api_name"] == kind)
+    data = [*PLAIN[kind]]
+    data[place] = value
     body = json.dumps({"data": data, "fn_index": function, "session_hash": name})
     httpx.post(f"{address}/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
     shown = []
@@ -511,7 +521,7 @@ def test_a_request_of_bad_values_gets_a_message_and_blanks_nothing(address, name
             shown += [event["output"]] if "output" in event else []
             if event.get("msg") == "process_completed":
                 break
-    assert event["success"] and 'role="alert"' in str(shown)
+    assert event["success"] and 'role="alert"' in str(shown) and message in str(shown)
     assert "sample" in str(shown)  # the last result is still there
 
 

@@ -15,6 +15,7 @@ from diffusers_dod.demo.codes import check_path, colour_maps, paint, reference_c
 from diffusers_dod.demo.drawing import Codes, Drawing, Finished, Progress, draw
 from diffusers_dod.demo.rendering import samples_html
 from diffusers_dod.demo.snippet import python_code
+from diffusers_dod.demo.studio import Studio
 
 
 CASES = {
@@ -157,6 +158,26 @@ def test_a_drawing_that_nobody_waits_for_ends():
     assert threading.active_count() == before + 1
     drawing.close()
     assert threading.active_count() == before and len(calls) < 1000
+
+
+@pytest.mark.parametrize(
+    "samples, steps, start",
+    [
+        (1, [601], "codes"),
+        (4, [151], "codes"),
+        (9, [34, 33], "stage"),
+        (1, [1, 1, 1, 598], "stage"),
+        (9, [600, 67], "picture"),
+        (1, [10**9], "codes"),
+    ],
+)
+def test_a_drawing_of_too_many_steps_is_refused_before_it_begins(samples, steps, start):
+    pipe, calls = coded_digits(), []
+    studio = Studio(pipe, "nowhere")
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="at most 600 steps of all stages and samples together"):
+        next(studio.results(Drawing(1, 0, samples, steps, [1.5] * len(steps), start)))
+    assert not calls
 
 
 @pytest.mark.parametrize("make, start", [(coded_digits, "codes"), (digits_like, "stage")])

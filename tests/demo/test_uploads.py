@@ -1,6 +1,11 @@
 """Pictures that users upload: refused with a message, or as the pipeline sees them."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
+from own_process import in_own_process
 from PIL import Image
 
 from diffusers_dod.demo.uploads import open_picture
@@ -54,6 +59,24 @@ def test_every_usual_mode_is_taken(mode, tmp_path):
     image = Image.new("RGB", (4, 4), "teal").convert(mode)
     image.save(tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"))
     assert open_picture(str(next(tmp_path.iterdir()))).mode == ("L" if mode in ("1", "L", "LA") else "RGB")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK"])
+@in_own_process()
+def test_pictures_that_come_together_take_the_memory_of_one(mode, tmp_path):
+    file = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    Image.new(mode, (4000, 3000)).save(file)
+
+    def peak(requests):
+        """The most bytes that the process had meanwhile, which Linux counts anew on demand."""
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")
+        with ThreadPoolExecutor(requests) as users:
+            sizes = {picture.size for picture in users.map(lambda _: open_picture(str(file), 256), range(requests))}
+        assert sizes == {(256, 192)}
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    assert peak(1) + 2 * 4000 * 3000 * len(mode) > peak(8)
 
 
 def test_a_transparent_picture_lies_on_white(tmp_path):

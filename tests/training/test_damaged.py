@@ -4,11 +4,12 @@ import pickle
 import shutil
 
 import pytest
+import torch
 from training_runs import arguments, assert_equal_tensors, weights, write_digits
 
 from diffusers_dod.cli import BadInput
 from diffusers_dod.training.__main__ import main, train_model
-from diffusers_dod.training.checkpoints import what_is_damaged
+from diffusers_dod.training.checkpoints import what_is_damaged, write_checksums
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,24 @@ def test_nothing_of_a_checkpoint_is_run(run, tmp_path):
     assert not (tmp_path / "was run").exists()
 
 
+DOCTORED = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "guard.json"]
+
+
+@pytest.mark.parametrize("name", [*DOCTORED, "transformer/diffusion_pytorch_model.safetensors"])
+def test_a_doctored_checkpoint_with_right_checksums_runs_nothing(run, tmp_path, name, capsys):
+    """Of what accelerate loads before it, a checkpoint's random states are not needed; all else is one line."""
+    whole, argv = run
+    doctored = shutil.copytree(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    torch.save({"state": Bomb(str(tmp_path / "was run"))}, doctored / name)
+    write_checksums(doctored)
+    assert what_is_damaged(doctored) is None
+    command = [str(tmp_path / "run") if value == str(whole) else value for value in argv]
+    assert main(command) == (0 if name.startswith("random") else 2)
+    assert not (tmp_path / "was run").exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert lines == [] if name.startswith("random") else "checkpoint-4 cannot be loaded" in lines[0]
+
+
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "", "null", "\x00"])
 def test_a_damaged_record_of_the_run_is_one_line(run, tmp_path, text):
     whole, argv = run
@@ -143,6 +162,11 @@ def move_an_image(data):
     image.rename(data / "digit 1" / "moved.png")
 
 
+def move_the_last_image_to_be_the_next_class_s_first(data):
+    """The images stay in their order."""
+    sorted((data / "digit 0").iterdir())[-1].rename(data / "digit 1" / "!.png")
+
+
 def rename_an_image(data):
     image = sorted((data / "digit 0").iterdir())[0]
     image.rename(data / "digit 0" / "zzz.png")
@@ -161,7 +185,16 @@ def change_a_byte_after_the_pixels(data):
 
 
 @pytest.mark.parametrize(
-    "change", [replace_an_image, move_an_image, rename_an_image, swap_two, change_a_byte_after_the_pixels]
+    "change",
+    [
+        replace_an_image,
+        move_an_image,
+        move_the_last_image_to_be_the_next_class_s_first,
+        rename_an_image,
+        swap_two,
+        change_a_byte_after_the_pixels,
+    ],
+    ids=lambda change: change.__name__,
 )
 def test_a_run_is_not_resumed_on_other_images(tmp_path, change, capsys):
     """Of the same number; the same images at another place are the same."""

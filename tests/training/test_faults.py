@@ -28,10 +28,19 @@ def test_logs_that_cannot_be_written_end_and_training_continues(data, tmp_path):
     assert log.read_text().count("Logs end at step") == 1 and (folder / "model_index.json").exists()
 
 
-def test_a_grid_that_cannot_be_written_is_a_warning(data, tmp_path, caplog):
+GRIDS = {
+    "a file in the folder's place": lambda samples: samples.write_text("not a folder"),
+    "a link to nowhere": lambda samples: samples.symlink_to("nowhere"),
+    "a link to itself": lambda samples: samples.symlink_to("samples"),
+    "a folder in the picture's place": lambda samples: (samples / "step_1.png").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_that_cannot_be_written_is_a_warning(data, tmp_path, caplog, name):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "samples").write_text("not a folder")
+    GRIDS[name](folder / "samples")
     assert main(arguments(folder, *data, "--validation_steps", 1)) == 0
     assert sum("step_1.png could not be written" in message for message in caplog.messages) == 1
     assert (folder / "model_index.json").exists()

@@ -20,6 +20,7 @@ that of the whole file, so a shard vouches for itself before there is a manifest
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..files import file_sha256, json_sha256
 
 
 MANIFEST_NAME = "manifest.json"
+SHARD_NAME = re.compile(r"shard-\d{5,}-[0-9a-f]{64}\.safetensors")
 FORMAT_VERSION = 1
 ADVICE = "delete it and repeat the `diffusers-dod cache` command of this folder, which writes it anew"
 
@@ -89,6 +91,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     if manifest.get("settings_sha256") != json_sha256(settings):
         raise ValueError(f"{path} was changed: its settings are not those that the cache was made with.")
     return manifest
+
+
+def check_shard_list(folder: Path, manifest: dict[str, Any]) -> None:
+    """Checks that a finished manifest names as many shards as there are, each by a name that cannot lead elsewhere.
+
+    Raises:
+        ValueError: naming the manifest.
+    """
+
+    def is_entry(shard: Any) -> bool:
+        kinds = {"file": str, "bytes": int, "sha256": str}
+        has_all = isinstance(shard, dict) and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+        return has_all and SHARD_NAME.fullmatch(shard["file"]) is not None
+
+    shards, settings = manifest["shards"], manifest["settings"]
+    count = -(-settings["count"] // settings["shard_size"])
+    if not isinstance(shards, list) or len(shards) != count or not all(map(is_entry, shards)):
+        raise ValueError(f"{folder / MANIFEST_NAME} does not name the shards of this folder: {ADVICE}.")
 
 
 def tensor_names(settings: dict[str, Any]) -> set[str]:
@@ -153,6 +173,7 @@ class CachedLatents(Dataset):
         self.manifest = manifest
         if self.manifest["shards"] is None:
             raise ValueError(f"{folder} is not finished: repeat its `diffusers-dod cache` command to resume.")
+        check_shard_list(self.folder, self.manifest)
         for number, shard in enumerate(self.manifest["shards"]):
             check_shard(self.folder / shard["file"], self.manifest, number, shard["bytes"])
         self.settings = self.manifest["settings"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_count
 from ..pipeline_dod import CODES_GUIDANCE, FIRST_GUIDANCE, LATER_GUIDANCE, DoDPipeline
 from .codes import colour_maps, generate_codes, reference_codes
 from .drawing import Codes, Drawing, Finished, draw, private_pipeline
@@ -65,6 +66,7 @@ class Studio:
         Raises:
             ValueError: for settings that are refused.
         """
+        check_count("num_samples", drawing.num_samples)
         steps = sum(steps or 0 for steps in drawing.num_inference_steps[drawing.first_stage - 1 :])
         if steps * drawing.num_samples > MAX_STEPS_IN_ALL:
             raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps of all stages and samples together.")

@@ -119,10 +119,12 @@ def train(
     # 4. From where, and what watches it
     stream_state = None
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        load_guard(guard, checkpoint)
-        if args.streaming:
-            stream_state = load_process_state(accelerator, checkpoint)["stream"]
+        # Checksums tell damage, not what somebody wrote with them; torch and accelerate raise many kinds.
+        with bad_input(Exception, what=f"{checkpoint} cannot be loaded, delete it to use an older one"):
+            accelerator.load_state(str(checkpoint))
+            load_guard(guard, checkpoint)
+            if args.streaming:
+                stream_state = load_process_state(accelerator, checkpoint)["stream"]
         accelerator.print(f"Resuming from {checkpoint}.")
     if args.report_to != "none":
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in config.items()}
