@@ -11,7 +11,16 @@ PACKAGE = Path(diffusers_dod.__file__).parent
 # From the ground up; a package stands for all of its modules.
 LEVELS = [
     ["layers", "autoencoding", "pictures", "presets", "randomness", "files", "cli", "processes", "arguments", "_lazy"],
-    ["transformer_dod", "latent_embedder_dod", "models_dod", "labels", "priors", "guidance", "adapters"],
+    [
+        "transformer_dod",
+        "latent_embedder_dod",
+        "models_dod",
+        "labels",
+        "priors",
+        "guidance",
+        "adapters",
+        "tensor_files",
+    ],
     ["compatibility"],
     ["denoising"],
     ["repository"],
@@ -26,7 +35,7 @@ LEVELS = [
 ]
 # What a reader of the method needs
 METHOD = [name for names in LEVELS[:7] for name in names]
-METHOD = sorted({*METHOD} - {"randomness", "files", "cli", "processes", "_lazy", "hub"})
+METHOD = sorted({*METHOD} - {"randomness", "files", "tensor_files", "cli", "processes", "_lazy", "hub"})
 
 
 def package_modules() -> dict[str, Path]:

@@ -333,7 +333,7 @@ def test_git_lfs_pointer(suffix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "words", "missing"])
 def test_broken_file(suffix, damage, tmp_path, capsys):
     path, weights = tmp_path / f"model{suffix}", load_original("dit").weights
     torch.save(weights, path) if suffix == ".pt" else save_file(weights, path)
@@ -341,7 +341,9 @@ def test_broken_file(suffix, damage, tmp_path, capsys):
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not a model"}[damage])
+        path.write_bytes(
+            {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not a model", "words": b"text\n"}[damage]
+        )
     assert str(path) in refused_by_the_command(path, tmp_path, capsys)
 
 

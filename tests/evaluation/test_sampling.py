@@ -208,6 +208,17 @@ def test_evaluation_that_cannot_be_is_one_line(drawn, tmp_path, capsys):
     assert capsys.readouterr().err == f"diffusers-dod evaluate: error: {message}\n"
 
 
+@pytest.mark.parametrize("settings", ["[1]", '{"versions": 1}', "{", "missing"])
+def test_settings_that_are_none_are_one_line(settings, drawn, tmp_path, capsys):
+    file = tmp_path / "sampling.json"
+    if settings != "missing":
+        file.write_text(settings)
+    arguments = ["--samples", str(drawn / "stage-2"), "--reference", str(drawn / "stage-1.npz"), "--extractor", "x"]
+    assert evaluate([*arguments, "--settings", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--settings" in line
+
+
 @pytest.mark.parametrize("part", ["transformer", "latent_embedder"])
 def test_a_folder_belongs_to_weights_and_not_to_a_path(model, tmp_path, capsys, part):
     """The same model at another place continues; another model at the same place is refused."""

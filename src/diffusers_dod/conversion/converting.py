@@ -16,10 +16,11 @@ from ..cli import BadInput, bad_input
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
+from ..tensor_files import load_tensors
 from ..transformer_dod import DoDTransformer2DModel
 from .autoencoders import check_latents_stats, convert_autoencoder, read_latents_stats
 from .backbones import convert_checkpoint
-from .loading import check_dit_config, load_folder, load_tensors
+from .loading import check_dit_config, load_folder
 
 
 # What not every source's tensors determine, and a diffusers folder's config holds

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from .. import __version__
-from ..cli import Parser, bad_input, number, run
+from ..cli import BadInput, Parser, bad_input, json_object, number, run
 from .names import METRICS
 
 
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     add("--extractor_weights", help="file of torch-fidelity's Inception weights")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="metrics to compute; default: all")
     add("--resolution", type=number(int, 1), help="side after ADM's centre crop; default: unchanged")
-    add("--settings", help="sampling.json of the samples")
+    add("--settings", type=json_object, default={}, help="sampling.json of the samples")
     add("--stage", type=number(int, 1), help="stage of the samples, for the report")
     add("--batch_size", type=number(int, 1), default=64, help="images per forward of the extractor")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
@@ -60,7 +60,9 @@ def report(args: argparse.Namespace) -> None:
         # 1. Images and network
         if args.output:
             check_writable(args.output)
-        settings = json.loads(Path(args.settings).read_text(encoding="utf-8")) if args.settings else {}
+        versions = args.settings.get("versions", {})
+        if not isinstance(versions, dict):
+            raise BadInput("--settings: `versions` is no JSON object")
         samples, reference = (ImageSet(source, args.resolution) for source in (args.samples, args.reference))
         if args.extractor == "inception":
             extractor: torch.nn.Module = InceptionExtractor(args.extractor_weights)
@@ -75,15 +77,14 @@ def report(args: argparse.Namespace) -> None:
         results = evaluate(features, reference, reference_features, label, tuple(args.metrics), args.seed)
 
     # 3. The report
-    versions = {**settings.pop("versions", {}), "diffusers-dod": __version__}
     record = {
         "reference": Path(args.reference).name if Path(args.reference).exists() else args.reference,
         "num_samples": len(samples),
         "num_reference": len(reference),
         "extractor": label,
-        **{key: value for key, value in settings.items() if key not in ("model", "weights_sha256")},
+        **{key: value for key, value in args.settings.items() if key not in ("model", "weights_sha256")},
         "evaluation_seed": args.seed,
-        "versions": versions,
+        "versions": {**versions, "diffusers-dod": __version__},
         "results": [{**result, **({"stage": args.stage} if args.stage else {})} for result in results],
     }
     print(json.dumps(record, indent=2, ensure_ascii=False))

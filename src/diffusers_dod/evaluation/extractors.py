@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModel
 
+from ..tensor_files import load_tensors
+
 
 # Channels of the spatial features of sFID (Nash et al. 2021, arXiv 2103.03841), as in ADM's evaluator.
 SPATIAL_CHANNELS = 7
@@ -35,7 +37,7 @@ class InceptionExtractor(nn.Module):
                 "The Inception network needs torch-fidelity: `pip install torch-fidelity torchvision`."
             ) from error
         if weights is not None:
-            torch.load(weights, map_location="meta", weights_only=True)  # torch-fidelity would run code in it
+            load_tensors(Path(weights))  # torch-fidelity would run code in it
         names = ["2048", "logits_unbiased"]
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", names, feature_extractor_weights_path=weights

@@ -202,7 +202,7 @@ def push_folder(
     if is_lora and base_model is None and not has_card:
         problems.append("a LoRA needs the model that it adapts: pass `--base_model`")
     if problems:
-        raise ValueError("\n  ".join([f"{folder} was not pushed:", *problems]))
+        raise ValueError(f"{folder} was not pushed: {'; '.join(problems)}")
 
     with tempfile.TemporaryDirectory() as scratch:
         # 1. What goes up
