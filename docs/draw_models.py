@@ -10,7 +10,7 @@ from diffusers_dod.viz import code_maps, stage_grid
 
 
 ROOT = Path(__file__).parents[1]
-MODELS = {"digits": list("0123456789"), "letters": list("ABGQRaegk5"), "emoji": None}
+MODELS = {"digits": list("0123456789"), "letters": list("DoDcodes"), "emoji": None}
 SEED, SAMPLES, CODE_GUIDANCE = 0, 3, 1.5
 
 
