@@ -211,13 +211,22 @@ TABLES = {
 }
 
 
+def read_runs(name: str, folder: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((folder / name / "runs").glob("*.json"))]
+
+
 def collect(name: str, folder: Path) -> dict:
-    """The records of a data set's folder as one."""
-    facts = json.loads((folder / name / "data.json").read_text())
-    with np.load(folder / name / "data.npz", allow_pickle=False) as arrays:
-        facts["shape"] = list(arrays["images"].shape[1:3])
-    runs = [json.loads(file.read_text()) for file in sorted((folder / name / "runs").glob("*.json"))]
-    return {"facts": facts, "runs": runs}
+    """The records of a data set's folder as one; what the folder has no runs of stays as it is committed."""
+    runs = read_runs(name, folder)
+    variants = {run["variant"] for run in runs}
+    committed = json.loads((RESULTS / f"{name}.json").read_text())
+    if not variants & {*MAIN}:
+        facts = committed["facts"]
+    else:
+        facts = json.loads((folder / name / "data.json").read_text())
+        with np.load(folder / name / "data.npz", allow_pickle=False) as arrays:
+            facts["shape"] = list(arrays["images"].shape[1:3])
+    return {"facts": facts, "runs": [run for run in committed["runs"] if run["variant"] not in variants] + runs}
 
 
 def fill(text: str, studies: list[Results]) -> str:
@@ -239,7 +248,7 @@ def main() -> None:
     if args.compare:
         for name in args.study:
             old = Results(name)
-            for run in collect(name, args.output_dir)["runs"]:
+            for run in read_runs(name, args.output_dir):
                 for row in run["rows"]:
                     known = old.values(run["variant"], row["setting"], "fd").get(run["seed"])
                     print(
