@@ -143,7 +143,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000, help="of the backbone; the code model takes two thirds")
+    parser.add_argument("--steps", type=int, default=2500, help="of the backbone; the code model takes two thirds")
     parser.add_argument("--num_samples", type=int, default=1000, help="digits measured per row of the table")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,16 @@ def test_any_call_draws_or_says_what_is_wrong(given_values):
     assert size == tuple(values.get(name) or side for name, side in zip(("height", "width"), expected))
 
 
+@pytest.mark.parametrize("name", ["height", "width"])
+@pytest.mark.parametrize(
+    "size", [torch.zeros(1, 3, 8, 8), np.zeros((9, 9)), [8] * 100, "8\n8"], ids=["tensor", "array", "list", "text"]
+)
+def test_a_size_that_is_none_is_one_short_line(name, size):
+    with pytest.raises(ValueError, match="must be multiples of 2") as caught:
+        PIPE(1, **{name: size})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
 # --- constructors
 
 
