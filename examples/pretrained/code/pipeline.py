@@ -181,8 +181,9 @@ def check_instance(name: str, value: Any, *classes: type) -> None:
 def check_size(height: Any, width: Any, multiple: int) -> None:
     """The size of an image that a VAE and patches must divide."""
     if not is_count(height) or not is_count(width) or height % multiple or width % multiple:
-        size = f"{shown(height)}x{shown(width)}"
-        raise ValueError(f"A {size} image does not fit: height and width must be multiples of {multiple}.")
+        raise ValueError(
+            f"A {shown(height)}x{shown(width)} image does not fit: height and width must be multiples of {multiple}."
+        )
 
 
 def check_generator(generator: Any, batch_size: int) -> None:
