@@ -535,5 +535,5 @@ def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(addre
         body = {"data": data, "fn_index": names["generate"]["id"], "session_hash": f"nobody{number}"}
         return httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code
 
-    codes = [join(number) for number in range(40)]
-    assert codes[:20] == [200] * 20 and codes.count(200) < 30 and codes.count(503) > 10
+    codes = [join(number) for number in range(60)]  # some are drawn meanwhile, which makes room for others
+    assert codes[:20] == [200] * 20 and codes.count(503) > 15
