@@ -1,6 +1,6 @@
 """Which drawing a page shows: a user's latest wish ends the one before.
 
-Not gradio's `cancels`, which is lost when the browser does not know the running event's id yet.
+Not gradio's `cancels`: on a busy machine both drawings continued, and a cancelled one could end as an error.
 """
 
 
