@@ -82,8 +82,9 @@ def make_all():
             if config.keys() <= parameters.keys():
                 try:
                     yield scheduler(**config)
-                except (TypeError, ValueError, NotImplementedError, ImportError):
-                    pass  # of other models, of packages that are missing, or what its class refuses
+                except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+                    # Of other models, of packages that are missing, or what its class refuses
+                    print(f"{scheduler.__name__} cannot be made with {config}: {error}")
 
 
 @pytest.mark.parametrize("kind", ["flow", "sample"])  # what fewest schedulers read

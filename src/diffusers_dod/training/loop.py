@@ -119,8 +119,10 @@ def train(
     # 4. From where, and what watches it
     stream_state = None
     if checkpoint is not None:
-        # Checksums tell damage, not what somebody wrote with them; torch and accelerate raise many kinds.
-        with bad_input(Exception, what=f"{checkpoint} cannot be loaded, delete it to use an older one"):
+        # Checksums find damage, not contents that were changed along with them; torch and accelerate raise many kinds.
+        with bad_input(
+            Exception, what=f"{checkpoint} cannot be loaded (if it was changed, remove it to use an older one)"
+        ):
             accelerator.load_state(str(checkpoint))
             load_guard(guard, checkpoint)
             if args.streaming:
