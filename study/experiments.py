@@ -32,14 +32,14 @@ class Variant:
         bottleneck (pair of `int`): side of the codes' grid, and channels per code.
         code_size (pair of `int`, *optional*): width and layers of the code model; `None` trains none.
         code_steps (`int`): steps of the code model.
-        levels (`int`): levels of finite scalar quantisation of the codes; 0 for none.
+        option (`str`, *optional*): a part of `options.py`: `"quantised"`, `"noise level"` or `"presence"`.
     """
 
     recipe: Recipe
     bottleneck: tuple[int, int] = (2, 4)
     code_size: tuple[int, int] | None = None
     code_steps: int = 2000
-    levels: int = 0
+    option: str | None = None
 
 
 CODE_RECIPE = Recipe(steps=0, batch_size=256, learning_rate=2e-3, logit_mean=0.0)
@@ -58,15 +58,16 @@ def with_recipe(variant: Variant, **changes) -> Variant:
 OPTIONS = {
     "narrow, near noise": with_recipe(NARROW, near_noise=0.1),
     "wide, near noise": with_recipe(WIDE, near_noise=0.1),
-    "narrow, no code noise": with_recipe(NARROW, code_noise=0.0),
-    "wide, no code noise": with_recipe(WIDE, code_noise=0.0),
-    "narrow, code noise 0.6": with_recipe(NARROW, code_noise=0.6),
-    "wide, code noise 0.6": with_recipe(WIDE, code_noise=0.6),
+    "narrow, noise level": replace(with_recipe(NARROW, code_noise=(0.0, 1.0)), option="noise level"),
+    "wide, noise level": replace(with_recipe(WIDE, code_noise=(0.0, 1.0)), option="noise level"),
+    "narrow, presence": replace(NARROW, option="presence"),
+    "wide, presence": replace(WIDE, option="presence"),
+    "narrow, quantised": replace(NARROW, option="quantised"),
+    "wide, quantised": replace(WIDE, option="quantised"),
     "narrow, prior drop 0.125": with_recipe(NARROW, prior_drop=0.125),
     "wide, 16 channels": replace(WIDE, bottleneck=(4, 16), code_size=(256, 4)),
-    "narrow, quantised": replace(NARROW, levels=8),
-    "wide, quantised": replace(WIDE, levels=8),
 }
+NOISE_LEVELS = (0.0, 0.3, 0.6)
 
 
 class Study(NamedTuple):
@@ -87,13 +88,14 @@ class Setting:
         source (`str`): `"stage"`, `"codes"` or `"real"`, codes of real training images.
         steps (`tuple` of `int`), guidance (`tuple` of `float`): one entry per stage.
         code_guidance (`float`): of the code model.
-        drop (`str`): what the guiding row goes without.
+        noise_level (`float`, *optional*): noise on the codes, for an embedder that is told the level.
     """
 
     source: str
     steps: tuple[int, ...]
     guidance: tuple[float, ...]
     code_guidance: float = 1.0
+    noise_level: float | None = None
 
     @property
     def evaluations(self) -> float:
@@ -103,14 +105,17 @@ class Setting:
     def __str__(self) -> str:
         guidance = "/".join(f"{scale:g}" for scale in self.guidance)
         text = f"{self.source}, {'/'.join(map(str, self.steps))} steps, guidance {guidance}"
-        return text + (f", codes guided {self.code_guidance:g}" if self.code_guidance != 1 else "")
+        text += f", codes guided {self.code_guidance:g}" if self.code_guidance != 1 else ""
+        return text + (f", noise level {self.noise_level:g}" if self.noise_level is not None else "")
 
 
 def settings(name: str, variant: Variant) -> list[Setting]:
     """How a model is sampled: class-only and DoD in 24 steps, from codes in 12 and in 24; briefly where an option is tried."""
     real = Setting("real", (STAGE,), (1.0,))
     if name in OPTIONS:
-        return [*(Setting("codes", (STAGE,), (scale,)) for scale in (1.0, 1.25, 1.5)), real]
+        found = [*(Setting("codes", (STAGE,), (scale,)) for scale in (1.0, 1.5)), real]
+        levels = NOISE_LEVELS if variant.option == "noise level" else (None,)
+        return [replace(setting, noise_level=level) for level in levels for setting in found]
     if variant.recipe.prior_drop == 1:
         return [Setting("stage", (2 * STAGE,), (scale,)) for scale in (1.0, 1.5, 2.0, 2.5, 3.0)]
     if variant.code_size is None:

@@ -4,24 +4,24 @@ import torch
 from data_sets import DataSet
 from diffusers import FlowMatchEulerDiscreteScheduler
 from experiments import CODE_RECIPE, Setting, Size, Variant
+from options import NoiseLevelEmbedder, PresenceTransformer, QuantisedEmbedder
 from training import Recipe, Training
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.training.codes import nearest_distance, set_statistics
 
 
-class QuantisedEmbedder(DoDLatentEmbedder):
-    """Codes of finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505), `levels` per channel in [-1, 1]."""
-
-    levels = 8
-
-    def encode(self, latents: torch.Tensor) -> torch.Tensor:
-        codes, half = torch.tanh(super().encode(latents)), (self.levels - 1) / 2
-        return codes + ((codes * half).round() / half - codes).detach()
-
-
-def build_transformer(channels: int, size: int, patch: int, width: int, layers: int, classes: int, x_prediction: bool):
-    transformer = DoDTransformer2DModel(
+def build_transformer(
+    channels: int,
+    size: int,
+    patch: int,
+    width: int,
+    layers: int,
+    classes: int,
+    x_prediction: bool,
+    transformer_class: type[DoDTransformer2DModel] = DoDTransformer2DModel,
+) -> DoDTransformer2DModel:
+    transformer = transformer_class(
         sample_size=size,
         patch_size=patch,
         in_channels=channels,
@@ -42,10 +42,13 @@ def begin_training(data: DataSet, variant: Variant, size: Size, steps: int, seed
     torch.manual_seed(seed)
     channels, side = data.images.shape[1:3]
     patch, classes = side // size.grid, len(data.class_names)
-    transformer = build_transformer(channels, side, patch, size.width, size.layers, classes, x_prediction=True)
+    transformer_class = PresenceTransformer if variant.option == "presence" else DoDTransformer2DModel
+    transformer = build_transformer(
+        channels, side, patch, size.width, size.layers, classes, x_prediction=True, transformer_class=transformer_class
+    )
     grid, bottleneck_dim = variant.bottleneck
-    embedder_class = QuantisedEmbedder if variant.levels else DoDLatentEmbedder
-    embedder = embedder_class(
+    embedders = {"quantised": QuantisedEmbedder, "noise level": NoiseLevelEmbedder}
+    embedder = embedders.get(variant.option, DoDLatentEmbedder)(
         sample_size=side,
         patch_size=side // grid,
         in_channels=channels,
@@ -119,10 +122,24 @@ def real_codes(pipe: DoDPipeline, labels: torch.Tensor, data: DataSet, seed: int
     return pipe.latent_embedder.encode(data.images[chosen])
 
 
+@torch.no_grad()
+def noisy_codes(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> torch.Tensor:
+    """Codes with noise of the setting's level, which the embedder is told."""
+    size, generator = data.images.shape[-1], torch.Generator().manual_seed(seed)
+    codes = real_codes(pipe, labels, data, seed)
+    if setting.source == "codes":
+        codes = pipe.generate_codes(labels, size, size, generator=generator)
+    pipe.latent_embedder.from_codes.level = setting.noise_level
+    noise = torch.randn(codes.shape, generator=generator).to(codes.device)
+    return codes + setting.noise_level * noise * codes.square().mean(dim=(1, 2), keepdim=True).sqrt()
+
+
 def draw(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> torch.Tensor:
     """Images of the last stage, `(labels, channels, size, size)` in [-1, 1]."""
     options = {"prior_source": "stage"}
-    if setting.source == "codes":
+    if setting.noise_level is not None:
+        options = {"codes": noisy_codes(pipe, setting, labels, data, seed)}
+    elif setting.source == "codes":
         options = {"prior_source": "codes", "code_guidance_scale": setting.code_guidance}
     elif setting.source == "real":
         options = {"codes": real_codes(pipe, labels, data, seed)}

@@ -18,7 +18,7 @@ from pathlib import Path
 import examples_path  # noqa: F401
 import numpy as np
 import torch
-from experiments import MAIN, OPTIONS, RESULTS, STAGE, STUDIES, Setting, Variant, settings
+from experiments import MAIN, NOISE_LEVELS, OPTIONS, RESULTS, STAGE, STUDIES, Setting, Variant, settings
 from models import build_transformer
 
 from diffusers_dod.training.flops import transformer_flops
@@ -144,19 +144,30 @@ def copying_table(studies: list[Results]) -> str:
 
 
 def option_table(studies: list[Results]) -> str:
-    """One thing changed at a time: the distance over that of the model without the change."""
+    """One thing changed at a time: the distances below those of the model without the change."""
     rows = []
     for results in studies:
-        for name, variant in OPTIONS.items():
-            base = "narrow codes" if name.startswith("narrow") else "wide codes"
-            if not results.rows[name]:
-                continue
-            row = [results.name, name]
-            for setting in settings(name, variant):
-                row.append(ratios(results.values(name, str(setting), "fd"), results.values(base, str(setting), "fd")))
-            rows.append(row)
-    steps = f"{STAGE} steps"
-    head = ["data", "change", f"codes, {steps}, guidance 1", "1.25", "1.5", f"real codes, {steps}, guidance 1"]
+        for base in ("narrow codes", "wide codes"):
+            start = base.partition(" ")[0]
+            tried = {
+                name: variant for name, variant in OPTIONS.items() if name.startswith(start) and results.rows[name]
+            }
+            for name, variant in {base: MAIN[base], **tried}.items():
+                for level in NOISE_LEVELS if variant.option == "noise level" else (None,):
+                    row = [results.name, name if level is None else f"{name}, sampled at {level:g}"]
+                    for source, scale in (("codes", 1.0), ("codes", 1.5), ("real", 1.0)):
+                        setting = str(Setting(source, (STAGE,), (scale,), noise_level=level))
+                        row.append(spread(results.values(name, setting, "fd"), 1))
+                    setting = str(Setting("codes", (STAGE,), (1.5,), noise_level=level))
+                    rows.append([*row, f"{results.mean(name, setting, 'fd_pca'):.1f}"])
+    head = [
+        "data",
+        "model",
+        "FD, unguided",
+        "FD, guidance 1.5",
+        "FD, codes of real images",
+        "FD, pixels, guidance 1.5",
+    ]
     return table(head, rows)
 
 

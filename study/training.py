@@ -22,7 +22,9 @@ class Recipe:
         logit_mean (`float`): noise levels are `sigmoid(logit_mean + normal)`.
         class_drop (`float`): share of rows without a class.
         prior_drop (`float`): share of rows without a prior; 1 has no embedder.
-        code_noise (`float`): noise on the codes, in multiples of their root mean square.
+        code_noise (`float` or pair of `float`):
+            noise on the codes, in multiples of their root mean square; a pair is a range, of which the embedder is told
+            each row's level.
         near_noise (`float`): share of the rows with a prior whose sigma is uniform in [0.9, 1].
     """
 
@@ -32,7 +34,7 @@ class Recipe:
     logit_mean: float = 0.4
     class_drop: float = 0.1
     prior_drop: float = 1.0
-    code_noise: float = 0.0
+    code_noise: float | tuple[float, float] = 0.0
     near_noise: float = 0.0
 
 
@@ -94,7 +96,14 @@ class Training:
         code_noise = None
         if recipe.code_noise and self.embedder is not None:
             grid = self.embedder.code_grid(*images.shape[-2:])
-            code_noise = recipe.code_noise * self._normal(count, math.prod(grid), self.embedder.config.bottleneck_dim)
+            code_noise = self._normal(count, math.prod(grid), self.embedder.config.bottleneck_dim)
+            if isinstance(recipe.code_noise, tuple):
+                low, high = recipe.code_noise
+                levels = low + (high - low) * torch.rand(count, device=device, generator=self.generator)
+                self.embedder.from_codes.level = levels[: self.num_prior_rows]
+                code_noise = levels[:, None, None] * code_noise
+            else:
+                code_noise = recipe.code_noise * code_noise
         return dod_loss(
             self.transformer, self.embedder, images, labels, example, self.num_prior_rows, code_noise=code_noise
         ).total
