@@ -62,9 +62,9 @@ OPTIONS = {
     "wide, noise level": replace(with_recipe(WIDE, code_noise=(0.0, 1.0)), option="noise level"),
     "narrow, presence": replace(NARROW, option="presence"),
     "wide, presence": replace(WIDE, option="presence"),
-    "narrow, quantised": replace(NARROW, option="quantised"),
     "wide, quantised": replace(WIDE, option="quantised"),
     "narrow, prior drop 0.125": with_recipe(NARROW, prior_drop=0.125),
+    "wide, code noise 0.6": with_recipe(WIDE, code_noise=0.6),
     "wide, code noise 0.6, 500 code steps": replace(with_recipe(WIDE, code_noise=0.6), code_steps=500),
     "wide, 16 channels": replace(WIDE, bottleneck=(4, 16), code_size=(256, 4)),
 }
