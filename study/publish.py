@@ -133,7 +133,7 @@ def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 
         tile.resize(output.images[0].size, 0)
         for tile in code_maps(output.codes, pipe.latent_embedder.code_grid(size, size))
     ]
-    stage_grid([maps, *rows], names, row_names=["codes", *["samples"] * 3]).save(path)
+    stage_grid([maps, *rows], names, row_names=[f"codes, guidance {PICTURE_GUIDANCE:g}", *["samples"] * 3]).save(path)
 
 
 def main() -> None:
