@@ -54,7 +54,7 @@ def with_recipe(variant: Variant, **changes) -> Variant:
     return replace(variant, recipe=replace(variant.recipe, **changes))
 
 
-# One thing changed at a time
+# Changes that were tried
 OPTIONS = {
     "narrow, near noise": with_recipe(NARROW, near_noise=0.1),
     "wide, near noise": with_recipe(WIDE, near_noise=0.1),

@@ -13,7 +13,7 @@ from diffusers_dod.training.choosing import choose_models
 
 def options(**given):
     names = ("learning_rate", "logit_mean", "timestep_density", "prediction_type")
-    return argparse.Namespace(**dict.fromkeys(names) | given)
+    return argparse.Namespace(**dict.fromkeys(names) | {"prior_drop": 0.5} | given)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,15 @@ def test_patches_make_few_tokens_and_codes_half_of_their_side(size, is_pixels, p
     assert transformer["patch_size"] == patch and embedder["patch_size"] == 2 * patch
     assert transformer["x_prediction"] == (is_pixels and patch >= 4)
     assert f"{tokens}x{tokens} tokens" in lines[0] and f"{tokens // 2}x{tokens // 2} of 4 numbers" in lines[2]
+
+
+@pytest.mark.parametrize(("size", "is_pixels", "codes"), [(28, True, 4), (64, True, 4), (128, True, 8), (8, False, 4)])
+def test_a_model_for_codes_has_at_least_4x4(size, is_pixels, codes):
+    _, embedder, lines = choose_models(options(prior_drop=0.125), size, is_pixels, 500, "cpu")
+    assert (
+        size // embedder["patch_size"] == codes
+        and f"Codes: {codes}x{codes} of 4 numbers, for a code model" in lines[2]
+    )
 
 
 def test_the_study_s_model_for_small_images_and_what_is_given_stays():

@@ -81,8 +81,9 @@ def choose_models(
     patch = choose_patch(size, is_pixels)
     tokens = size // patch
     preset, shape = choose_size(num_images, tokens, device_type)
-    # The codes' grid has half of the tokens' sides where that is a whole number.
-    code_patch = 2 * patch if tokens % 2 == 0 else patch
+    # The codes' grid has half of the tokens' sides where that is a whole number, but 4x4 for a code model (docs/evidence.md).
+    is_for_codes = args.prior_drop < 0.5
+    code_patch = 2 * patch if tokens % 2 == 0 and not (is_for_codes and tokens <= 4) else patch
     is_wide = is_pixels and patch >= 4 and args.prediction_type in (None, "flow")
     transformer = {
         "patch_size": patch,
@@ -104,8 +105,8 @@ def choose_models(
     lines = [
         f"Patch: {patch}x{patch} {unit}, {tokens}x{tokens} tokens, for {size}x{size} {unit} (--transformer_config).",
         f"Size: {name}{shape.layers} layers of width {shape.heads * shape.head_dim}, for {images} (--preset).",
-        f"Codes: {size // code_patch}x{size // code_patch} of {embedder.get('bottleneck_dim', 4)} numbers "
-        "(--embedder_config).",
+        f"Codes: {size // code_patch}x{size // code_patch} of {embedder.get('bottleneck_dim', 4)} numbers, for "
+        f"{'a code model' if is_for_codes else 'two stages'} (--prior_drop, --embedder_config).",
     ]
     if args.learning_rate is None:
         args.learning_rate = shape.learning_rate
