@@ -203,7 +203,8 @@ def test_a_picture_is_there_when_the_page_opens(open_page, model, tmp_path):
     page = open_page()
     assert page.title() == "tiny <b>digits – Diffusion on Diffusion"
     expect(page.get_by_role("heading")).to_have_text("tiny <b>digits")
-    DoDPipeline.from_pretrained(model)(0, generator=torch.manual_seed(0)).images[0].save(tmp_path / "default.png")
+    pipe = DoDPipeline.from_pretrained(model)
+    pipe(0, code_guidance_scale=3.0, generator=torch.manual_seed(0)).images[0].save(tmp_path / "default.png")
     assert pictures(page) == {"Stage 1": (tmp_path / "default.png").read_bytes()}
     code = copy_code(page)
     assert "class_labels=0,  # 'goose'" in code and "manual_seed(0)" in code and "num_stages=1" in code
@@ -251,7 +252,8 @@ def test_codes_are_redrawn_mixed_and_painted_on(open_page, tmp_path, monkeypatch
 
     # 1. The same codes, new noise
     before, after = acts(lambda: page.get_by_role("button", name="Redraw").click())
-    assert before == after and page.get_by_label("Seed", exact=True).input_value() != "3"
+    assert max(map(distance, before, after)) <= 1  # codes are rounded
+    assert page.get_by_label("Seed", exact=True).input_value() != "3"
 
     # 2. A stroke
     def stroke():
@@ -372,7 +374,8 @@ def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_p
     pipe = DoDPipeline.from_pretrained(model)
     for page, class_id, (_, seed, steps) in zip(pages, (0, 1), users):
         generator = torch.manual_seed(seed)
-        alone = pipe(class_id, 2, list(steps), [2.0, 1.25], generator=generator, return_stages=True).stages
+        options = {"code_guidance_scale": 3.0, "generator": generator, "return_stages": True}
+        alone = pipe(class_id, 2, list(steps), [2.0, 1.25], **options).stages
         for name, picture in zip(("Stage 1", "Stage 2"), alone):
             picture[0].save(tmp_path / "alone.png")
             assert pictures(page)[name] == (tmp_path / "alone.png").read_bytes()
@@ -456,7 +459,7 @@ def test_a_model_without_a_code_model_starts_with_stages():
     *_, painted = studio.results(drawing)
     assert painted.html.count("<img") == 1 and "codes=codes" in painted.code
     with pytest.raises(ValueError, match="no code model"):
-        studio.new_codes(0, range(1))
+        studio.new_codes(0, range(1), 1.0)
     build(studio.pipe, "nowhere")
 
 
@@ -486,19 +489,21 @@ def test_a_space_would_start_this_with_the_gradio_that_was_tested():
 
 
 PLAIN = {  # a request of each kind, with two states of the page
-    "generate": [None, None, 1, 1, False, 0, False, "stage", 2, None, *[2] * 4, *[1.5] * 4],
+    "generate": [None, None, 1, 1, False, 2, 0, False, "stage", 2, None, *[2] * 4, *[1.5] * 4],
     "mix": [None, None, 1, 0.5],
 }
 RUDE = {
     "a class that is none": ("generate", 2, True, "Class True is out of range"),
     "no samples": ("generate", 3, None, "`num_samples` is None"),
-    "a seed of 300 digits": ("generate", 5, 1e300, "The seed must be from 0"),
-    "no stages": ("generate", 8, None, "Choose the number of stages"),
-    "no steps": ("generate", 10, None, "`num_inference_steps` is None"),
-    "guidance of NaN": ("generate", 14, float("nan"), "`guidance_scale` is nan"),
-    "guidance of True": ("generate", 14, True, "`guidance_scale` is True"),
-    "guidance of letters": ("generate", 14, "much", "`guidance_scale` is "),
-    "no guidance": ("generate", 15, None, "`guidance_scale` is None"),
+    "a seed of 300 digits": ("generate", 6, 1e300, "The seed must be from 0"),
+    "no stages": ("generate", 9, None, "Choose the number of stages"),
+    "no steps": ("generate", 11, None, "`num_inference_steps` is None"),
+    "guidance of NaN": ("generate", 15, float("nan"), "`guidance_scale` is nan"),
+    "guidance of True": ("generate", 15, True, "`guidance_scale` is True"),
+    "guidance of letters": ("generate", 15, "much", "`guidance_scale` is "),
+    "no guidance": ("generate", 16, None, "`guidance_scale` is None"),
+    "codes guided by NaN": ("generate", 5, float("nan"), "`code_guidance_scale` is nan"),
+    "codes guided by letters": ("generate", 5, "much", "`code_guidance_scale` is "),
     "a share of NaN": ("mix", 3, float("nan"), "by a share from 0 to 1"),
     "a class to mix that is none": ("mix", 2, True, "Class True is out of range"),
 }
@@ -529,7 +534,7 @@ def test_requests_that_nobody_listens_to_do_not_fill_the_queue_without_end(addre
     config = httpx.get(f"{address}/config").json()
     names = {each["api_name"]: each for each in config["dependencies"] if each["api_visibility"] == "public"}
     assert {*names} == {"generate", "redraw", "mix"}
-    data = [None, None, 0, 1, False, 1, False, "codes", 1, None, *[LONG] * 4, *[1.5] * 4]
+    data = [None, None, 0, 1, False, 2, 1, False, "codes", 1, None, *[LONG] * 4, *[1.5] * 4]
 
     def join(number):
         body = {"data": data, "fn_index": names["generate"]["id"], "session_hash": f"nobody{number}"}

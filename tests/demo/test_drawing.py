@@ -91,6 +91,7 @@ DRAWINGS = {
     "one": Drawing(1, 3, 1, [3], [1.5], "codes"),
     "four": Drawing(None, 3, 4, [3, 2], [1.5, 2.0], "codes"),
     "stages": Drawing(1, 3, 2, [3, 2], [1.5, 2.0], "stage"),
+    "guided codes": Drawing(1, 3, 2, [3], [1.5], "codes", code_guidance_scale=3.0),
     "codes of one": Drawing(1, 3, 1, [3], [1.5], "codes"),
     "codes of stages": Drawing(1, 3, 2, [3, 2], [1.5, 2.0], "stage"),
     "same codes": Drawing(1, 3, 4, [3], [1.5], "codes", same_codes=True),
@@ -105,7 +106,7 @@ def test_the_python_draws_the_same(name, tmp_path, monkeypatch):
     pipe.save_pretrained("model")
     Image.effect_noise((8, 8), 90).save("my own.png")
     codes, stages = outcome(pipe, drawing)
-    if "codes" in name:
+    if name.startswith(("codes of", "same codes")):
         drawing = drawing.from_codes(pipe, codes if drawing.same_codes else -codes)
         stages = outcome(pipe, drawing)[1] if not name.startswith("same") else stages
     names: dict = {}

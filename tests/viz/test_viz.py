@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image, ImageColor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -186,3 +186,14 @@ def test_a_latent_model_is_drawn_through_its_autoencoder(tmp_path):
     options = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--num_inference_steps", "1"]
     assert main([*options, "--num_stages", "1", "--classes", "0"]) == 0
     assert Image.open(tmp_path / "stages.png").mode == "RGB"
+
+
+def test_guided_codes_give_other_pictures(tmp_path):
+    embedder = tiny_embedder(in_channels=1, codes_mean=[0.1, -0.2], codes_std=[0.5, 2.0])
+    pipe = tiny_coded_pipeline(channels=1, latent_embedder=embedder)
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--num_inference_steps", "2", "--classes", "0"]
+    for scale in ("1", "3"):
+        assert main([*options, "--output_dir", str(tmp_path / scale), "--code_guidance_scale", scale]) == 0
+    one, three = ((tmp_path / scale / "stages.png").read_bytes() for scale in ("1", "3"))
+    assert one != three

@@ -25,6 +25,7 @@ class Drawing:
         num_inference_steps (`list` of `int`), guidance_scale (`list` of `float`): the pipeline's arguments.
         start (`str`): what the first stage follows: `"codes"`, nothing (`"stage"`) or a `"picture"` in the place of stage 1.
         same_codes (`bool`): all samples take the codes of the first one, from the code model.
+        code_guidance_scale (`float`): class guidance of the code model.
         picture (`str`, *optional*): path of the user's own picture.
         codes (`torch.Tensor`, *optional*): codes to start from, instead of those of the code model.
         noise_before (`tuple` of `int`, *optional*):
@@ -39,6 +40,7 @@ class Drawing:
     guidance_scale: list[float]
     start: str = "stage"
     same_codes: bool = False
+    code_guidance_scale: float = 1.0
     picture: str | None = None
     codes: torch.Tensor | None = None
     noise_before: tuple[int, ...] | None = None
@@ -75,6 +77,11 @@ class Drawing:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             **({"prior_source": "stage"} if self.start == "stage" else {}),
+            **(
+                {"code_guidance_scale": self.code_guidance_scale}
+                if self.start == "codes" and self.codes is None
+                else {}
+            ),
         }
 
     def from_codes(self, pipe: DoDPipeline, codes: torch.Tensor) -> "Drawing":
@@ -170,7 +177,8 @@ def draw(shared_pipe: DoDPipeline, drawing: Drawing) -> Iterator[Progress | Code
         if drawing.start != "codes":
             return None
         class_ids = [drawing.class_id] * drawing.num_samples
-        codes = generate_codes(pipe, class_ids, generators, callback_on_step_end=on_step_end)
+        scale = drawing.code_guidance_scale
+        codes = generate_codes(pipe, class_ids, generators, guidance_scale=scale, callback_on_step_end=on_step_end)
         return rounded(codes[:1]).expand_as(codes) if drawing.same_codes else codes
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from ..pipeline_dod import DoDPipeline
 from .codes import check_path, paint
 from .drawing import Drawing
 from .rendering import image_tag, message, progress
-from .studio import MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
+from .studio import CODE_GUIDANCE, MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
 from .turns import Turn
 from .uploads import open_picture
 
@@ -91,6 +91,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
         class_id: int,
         num_samples: int,
         same_codes: bool,
+        code_guidance: float,
         seed: int | None,
         random_seed: bool,
         start: str,
@@ -118,6 +119,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                     scales,
                     start,
                     same_codes and start == "codes",
+                    code_guidance,
                     picture if start == "picture" else None,
                 )
             )
@@ -130,7 +132,10 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
 
     def mix(turn: Turn, result: Result, class_id: int, share: float) -> Iterator:
         def results() -> Generator:
-            others = studio.new_codes(None if class_id == NO_CLASS else class_id, result.drawing.seeds)
+            drawn = result.drawing
+            others = studio.new_codes(
+                None if class_id == NO_CLASS else class_id, drawn.seeds, drawn.code_guidance_scale
+            )
             if result.unmixed is None or not 0 <= share <= 1:
                 raise ValueError("Codes are mixed by a share from 0 to 1.")
             yield from again(result, torch.lerp(result.unmixed, others, share), unmixed=result.unmixed)
@@ -145,7 +150,9 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             codes = paint(result.codes, path)
             if len(path) == 1:
                 seed = random.randint(0, MAX_SEED)
-                codes[path[0]] = studio.new_codes(result.drawing.class_id, range(seed, seed + 1))[0, path[0][1]]
+                drawn = result.drawing
+                new = studio.new_codes(drawn.class_id, range(seed, seed + 1), drawn.code_guidance_scale)
+                codes[path[0]] = new[0, path[0][1]]
             yield from again(result, codes)
 
         yield from update(results(), result, turn)
@@ -158,7 +165,12 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
 
     def show_settings(start: str) -> list:
         num_stages, guidance = default_settings(start)
-        visible = [gr.Column(visible=start == "picture"), gr.Checkbox(visible=start == "codes")]
+        from_codes = start == "codes"
+        visible = [
+            gr.Column(visible=start == "picture"),
+            gr.Checkbox(visible=from_codes),
+            gr.Number(visible=from_codes),
+        ]
         return [*visible, *guidance, *show_rows(start, num_stages)]
 
     def show_preview(picture: str | None) -> str:
@@ -190,6 +202,12 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                     class_id = gr.Dropdown(choices, value=class_value, label="Class")
                     num_samples = gr.Radio(SAMPLES, value=1, label="Samples")
                     same_codes = gr.Checkbox(False, label="The same codes for all", visible=has_code_model)
+                    code_guidance = gr.Number(
+                        CODE_GUIDANCE,
+                        label="Guidance of the codes (1: varied, 3: clear)",
+                        step=0.25,
+                        visible=has_code_model,
+                    )
                     seed = gr.Number(0, label="Seed", precision=0)
                     random_seed = gr.Checkbox(True, label="New seed each time")
                 with gr.Accordion("Mix codes", visible=has_code_model):
@@ -218,14 +236,17 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
             code = gr.Code(first.code, language="python", show_label=False, interactive=False)
 
         quick = {"show_progress": "hidden", "concurrency_limit": 2, "api_visibility": "private"}
-        start.input(show_settings, start, [picture_column, same_codes, *scales, num_stages, *rows], **quick)
+        start.input(
+            show_settings, start, [picture_column, same_codes, code_guidance, *scales, num_stages, *rows], **quick
+        )
         num_stages.input(show_rows, [start, num_stages], [num_stages, *rows], **quick)
         picture.change(show_preview, picture, preview, **quick)
 
         # Not gradio's limit, behind which a user's new wish would wait for the old one (see `Studio.results`).
         shared = {"show_progress": "hidden", "concurrency_id": "drawing", "concurrency_limit": MAX_OPEN}
         states, outputs = [turn, result], [status, samples, code, seed, result]
-        settings = [class_id, num_samples, same_codes, seed, random_seed, start, num_stages, picture, *steps, *scales]
+        settings = [class_id, num_samples, same_codes, code_guidance, seed, random_seed, start, num_stages, picture]
+        settings += [*steps, *scales]
         generate_button.click(generate, [*states, *settings], outputs, **shared)
         redraw_button.click(redraw, states, outputs, **shared)
         mix_button.click(mix, [*states, mix_class, share], outputs, **shared)

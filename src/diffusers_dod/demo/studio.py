@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import check_count
+from ..arguments import check_count, check_numbers
 from ..pipeline_dod import CODES_GUIDANCE, FIRST_GUIDANCE, LATER_GUIDANCE, DoDPipeline
 from .codes import colour_maps, generate_codes, reference_codes
 from .drawing import Codes, Drawing, Finished, draw, private_pipeline
@@ -20,6 +20,8 @@ MAX_STAGES = 4
 AT_ONCE = 2  # drawings, each with a pipeline of its own (see `private_pipeline`); more only slow each other
 MAX_STEPS_IN_ALL = 600  # of one drawing, all stages of all samples, so that nobody waits long for another's
 NUM_STEPS = 30  # the pipeline's default
+# Above the pipeline's 1, because clear samples suit a demo better than varied ones
+CODE_GUIDANCE = 3.0
 NO_CLASS = -1  # a dropdown's value cannot be None
 
 
@@ -67,6 +69,7 @@ class Studio:
             ValueError: for settings that are refused.
         """
         check_count("num_samples", drawing.num_samples)
+        check_numbers(code_guidance_scale=drawing.code_guidance_scale)
         steps = sum(steps or 0 for steps in drawing.num_inference_steps[drawing.first_stage - 1 :])
         if steps * drawing.num_samples > MAX_STEPS_IN_ALL:
             raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps of all stages and samples together.")
@@ -95,16 +98,18 @@ class Studio:
                 yield name, event.fraction
 
     def first(self) -> Result:
-        """What a page shows when it opens: the default call for the first class, seed 0."""
+        """What a page shows when it opens: its default settings for the first class, seed 0."""
         start = "stage" if self.pipe.code_transformer is None else "codes"
         num_stages, guidance = default_settings(start)
         class_id = 0 if self.pipe.transformer.config.num_classes else None
-        drawing = Drawing(class_id, 0, 1, [NUM_STEPS] * num_stages, guidance[:num_stages], start)
+        steps, scales = [NUM_STEPS] * num_stages, guidance[:num_stages]
+        drawing = Drawing(class_id, 0, 1, steps, scales, start, code_guidance_scale=CODE_GUIDANCE)
         *_, result = (each for each in self.results(drawing) if isinstance(each, Result))
         return result
 
-    def new_codes(self, class_id: int | None, seeds: range) -> torch.Tensor:
+    def new_codes(self, class_id: int | None, seeds: range, guidance_scale: float) -> torch.Tensor:
         if self.pipe.code_transformer is None:
             raise ValueError("This model has no code model that could draw codes.")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return generate_codes(private_pipeline(self.pipe), [class_id] * len(seeds), generators).cpu()
+        class_ids = [class_id] * len(seeds)
+        return generate_codes(private_pipeline(self.pipe), class_ids, generators, guidance_scale=guidance_scale).cpu()

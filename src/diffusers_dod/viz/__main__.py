@@ -34,6 +34,12 @@ def build_parser() -> Parser:
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")
     add("--guidance_scale", type=number(float, float("-inf")), default=1.0, help="class guidance of every stage")
+    add(
+        "--code_guidance_scale",
+        type=number(float, float("-inf")),
+        default=1.0,
+        help="class guidance of the code model",
+    )
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
     add("--logs", type=Path, help="the `logs` folder of the training run; default: no curves")
     return parser
@@ -73,6 +79,7 @@ def draw(args: argparse.Namespace) -> None:
             prior_source=source,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
+            code_guidance_scale=args.code_guidance_scale,
             generator=row_generators(args.seed, 0, range(len(class_ids))),
             output_type="latent",
             return_stages=True,
