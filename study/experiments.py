@@ -32,7 +32,7 @@ class Variant:
         bottleneck (pair of `int`): side of the codes' grid, and channels per code.
         code_size (pair of `int`, *optional*): width and layers of the code model; `None` trains none.
         code_steps (`int`): steps of the code model.
-        option (`str`, *optional*): a part of `options.py`: `"quantised"`, `"noise level"` or `"presence"`.
+        option (`str`, *optional*): `"quantised"` or `"presence"` of `options.py`, or the package's `"noise level"` as input.
     """
 
     recipe: Recipe

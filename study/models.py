@@ -4,7 +4,7 @@ import torch
 from data_sets import DataSet
 from diffusers import FlowMatchEulerDiscreteScheduler
 from experiments import CODE_RECIPE, Setting, Size, Variant
-from options import NoiseLevelEmbedder, PresenceTransformer, QuantisedEmbedder
+from options import PresenceTransformer, QuantisedEmbedder
 from training import Recipe, Training
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
@@ -47,8 +47,8 @@ def begin_training(data: DataSet, variant: Variant, size: Size, steps: int, seed
         channels, side, patch, size.width, size.layers, classes, x_prediction=True, transformer_class=transformer_class
     )
     grid, bottleneck_dim = variant.bottleneck
-    embedders = {"quantised": QuantisedEmbedder, "noise level": NoiseLevelEmbedder}
-    embedder = embedders.get(variant.option, DoDLatentEmbedder)(
+    embedder_class = QuantisedEmbedder if variant.option == "quantised" else DoDLatentEmbedder
+    embedder = embedder_class(
         sample_size=side,
         patch_size=side // grid,
         in_channels=channels,
@@ -59,6 +59,7 @@ def begin_training(data: DataSet, variant: Variant, size: Size, steps: int, seed
         bottleneck_dim=bottleneck_dim,
         output_dim=size.width,
         output_patch_size=patch,
+        noise_level_input=variant.option == "noise level",
     )
     recipe = Recipe(**{**vars(variant.recipe), "steps": steps})
     has_prior = recipe.prior_drop < 1
@@ -122,24 +123,10 @@ def real_codes(pipe: DoDPipeline, labels: torch.Tensor, data: DataSet, seed: int
     return pipe.latent_embedder.encode(data.images[chosen])
 
 
-@torch.no_grad()
-def noisy_codes(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> torch.Tensor:
-    """Codes with noise of the setting's level, which the embedder is told."""
-    size, generator = data.images.shape[-1], torch.Generator().manual_seed(seed)
-    codes = real_codes(pipe, labels, data, seed)
-    if setting.source == "codes":
-        codes = pipe.generate_codes(labels, size, size, generator=generator)
-    pipe.latent_embedder.from_codes.level = setting.noise_level
-    noise = torch.randn(codes.shape, generator=generator).to(codes.device)
-    return codes + setting.noise_level * noise * codes.square().mean(dim=(1, 2), keepdim=True).sqrt()
-
-
 def draw(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> torch.Tensor:
     """Images of the last stage, `(labels, channels, size, size)` in [-1, 1]."""
     options = {"prior_source": "stage"}
-    if setting.noise_level is not None:
-        options = {"codes": noisy_codes(pipe, setting, labels, data, seed)}
-    elif setting.source == "codes":
+    if setting.source == "codes":
         options = {"prior_source": "codes", "code_guidance_scale": setting.code_guidance}
     elif setting.source == "real":
         options = {"codes": real_codes(pipe, labels, data, seed)}
@@ -150,6 +137,7 @@ def draw(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSe
         guidance_scale=list(setting.guidance),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        code_noise_level=setting.noise_level,
         **options,
     )
     return output.images.clamp(-1, 1)

@@ -18,29 +18,6 @@ class QuantisedEmbedder(DoDLatentEmbedder):
         return codes + ((codes * half).round() / half - codes).detach()
 
 
-class NoisyCodesLinear(nn.Linear):
-    """A linear layer that also reads the noise level of its input, a number or one per row, `(batch,)`."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features)
-        self.level_embed = nn.Sequential(
-            nn.Linear(1, out_features), nn.SiLU(), nn.Linear(out_features, out_features, bias=False)
-        )
-        self.level: torch.Tensor | float = 0.0
-
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        level = torch.as_tensor(self.level, device=codes.device, dtype=codes.dtype).expand(len(codes))
-        return super().forward(codes) + self.level_embed(level[:, None, None])
-
-
-class NoiseLevelEmbedder(DoDLatentEmbedder):
-    """Its decoder knows how noisy the codes are (conditioning augmentation, Ho et al. 2021, arXiv 2106.15282)."""
-
-    def __init__(self, **config: Any):
-        super().__init__(**config)
-        self.from_codes = NoisyCodesLinear(self.from_codes.in_features, self.from_codes.out_features)
-
-
 class PresenceEmbedding(nn.Embedding):
     """Class embeddings, to which rows with a prior add a learned vector; `present` is `(batch, 1)`."""
 

@@ -93,20 +93,17 @@ class Training:
             with_prior = torch.arange(count, device=device) < self.num_prior_rows
             sigmas = torch.where(with_prior & (uniform[0] < recipe.near_noise), 0.9 + 0.1 * uniform[1], sigmas)
         example = flow_example(images, self._normal(*images.shape), sigmas)
-        code_noise = None
+        code_noise, noise_level = None, None
         if recipe.code_noise and self.embedder is not None:
             grid = self.embedder.code_grid(*images.shape[-2:])
             code_noise = self._normal(count, math.prod(grid), self.embedder.config.bottleneck_dim)
             if isinstance(recipe.code_noise, tuple):
                 low, high = recipe.code_noise
-                levels = low + (high - low) * torch.rand(count, device=device, generator=self.generator)
-                self.embedder.from_codes.level = levels[: self.num_prior_rows]
-                code_noise = levels[:, None, None] * code_noise
+                noise_level = low + (high - low) * torch.rand(count, device=device, generator=self.generator)
             else:
                 code_noise = recipe.code_noise * code_noise
-        return dod_loss(
-            self.transformer, self.embedder, images, labels, example, self.num_prior_rows, code_noise=code_noise
-        ).total
+        options = {"code_noise": code_noise, "noise_level": noise_level}
+        return dod_loss(self.transformer, self.embedder, images, labels, example, self.num_prior_rows, **options).total
 
     def _update(self) -> None:
         self.loss().backward()

@@ -192,6 +192,7 @@ CALL = {
     "codes": (None, torch.zeros(1, 16, 2), torch.rand(2, 16, 2)),
     "code_num_inference_steps": (1, 2),
     "code_guidance_scale": (1.0, 2.0, 0),
+    "code_noise_level": (None,),
 }
 SMALL = {"class_labels": 1, "num_inference_steps": 1, "code_num_inference_steps": 1, "output_type": "pt"}
 
@@ -409,6 +410,7 @@ FUNCTIONS = {
         "weighting": (None, torch.tensor([1.0, 2.0])),
         "code_noise": (None, torch.zeros(2, 16, 2)),
         "hidden_states_layer": (None, 1),
+        "noise_level": (None, torch.tensor([0.0, 0.5])),
     },
     repa_loss: {"projected": (torch.rand(2, 3, 4),), "features": (torch.rand(2, 3, 4),)},
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance, ModularPipeline
 from helpers import tiny_coded_pipeline, tiny_pipeline, tiny_transformer, tiny_vae
+from test_code_noise import reading_embedder
 
 from diffusers_dod import DoDPipeline, DoDStages
 
@@ -15,6 +16,7 @@ LABELS = {1: "crane, bird", 3: "tench"}
 PIPELINES = {
     "autoencoder": lambda: tiny_pipeline(vae=tiny_vae("kl"), id2label=LABELS),
     "codes": lambda: tiny_coded_pipeline(id2label=LABELS),
+    "noisy codes": lambda: tiny_coded_pipeline(latent_embedder=reading_embedder()),
     "weaker model": lambda: tiny_pipeline(weak_transformer=tiny_transformer(num_layers=1)),
     "own guider": lambda: tiny_pipeline(guider=ClassifierFreeZeroStarGuidance(guidance_scale=1.5)),
 }
@@ -58,6 +60,7 @@ def noise(*shape):
         ("codes", {"code_num_inference_steps": 3, "code_guidance_scale": 2.0}),
         ("codes", {"prior_source": "stage"}),
         ("codes", {"codes": noise(1, 16, 2), "num_stages": 2}),
+        ("noisy codes", {"code_noise_level": 0.5, "num_stages": 2}),
         ("weaker model", {}),
         ("own guider", {}),
     ],

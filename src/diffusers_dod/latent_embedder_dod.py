@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .arguments import check_list, check_numbers, check_sizes
+from .arguments import check_list, check_numbers, check_sizes, check_switches
 from .layers import DoDRotaryEmbedding, DoDViTBlock, initialize_linear_xavier, patchify
 
 
@@ -54,6 +55,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         codes_mean (`list` of `float`, *optional*), codes_std (`list` of `float`, *optional*):
             Mean and standard deviation of each channel of the codes of the training data, for a code model.
+        noise_level_input (`bool`, defaults to `False`):
+            The decoder reads how much noise is on the codes (conditioning augmentation, Ho et al. 2021, arXiv 2106.15282).
 
     Examples:
         ```py
@@ -69,7 +72,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DoDViTBlock"]
     _repeated_blocks = ["DoDViTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "to_codes", "from_codes"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "to_codes", "from_codes", "noise_level_embed"]
 
     @register_to_config
     def __init__(
@@ -88,6 +91,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         rope_theta: float = 10000.0,
         codes_mean: list[float] | None = None,
         codes_std: list[float] | None = None,
+        noise_level_input: bool = False,
     ):
         super().__init__()
         check_sizes(
@@ -102,6 +106,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         )
         check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
         check_numbers(0, mlp_ratio=mlp_ratio, rope_theta=rope_theta)
+        check_switches(noise_level_input=noise_level_input)
         if codes_mean is not None:
             check_list("codes_mean", codes_mean, bottleneck_dim)
         if codes_std is not None:
@@ -118,6 +123,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.to_codes = nn.Linear(dim, bottleneck_dim)
 
         self.from_codes = nn.Linear(bottleneck_dim, dim)
+        if noise_level_input:
+            self.noise_level_embed = TimestepEmbedding(1, dim)
         self.decoder_blocks = nn.ModuleList(
             DoDViTBlock(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_decoder_layers)
         )
@@ -160,18 +167,32 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         return self.to_codes(self.norm_codes(hidden_states))
 
     @apply_forward_hook
-    def decode(self, codes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def decode(
+        self,
+        codes: torch.Tensor,
+        height: int,
+        width: int,
+        code_noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
         """Decodes codes to prior tokens.
 
         Args:
             codes (`torch.Tensor`): `(batch, height/patch * width/patch, bottleneck_dim)`, as `encode` returns them.
             height (`int`), width (`int`): size of the latents that the tokens are for.
+            code_noise (`torch.Tensor`, *optional*):
+                Noise of the codes' shape, in multiples of the root mean square of each sample's codes: what the codes carry
+                cannot grow past it.
+            noise_level (`float` or `torch.Tensor` of `(batch,)`, *optional*):
+                Scales the noise, and is read where the config has `noise_level_input`; 0 is clean. By default 1 with
+                `code_noise` and 0 without.
 
         Returns:
             `torch.Tensor`: `(batch, height/output_patch * width/output_patch, output_dim)`.
 
         Raises:
-            ValueError: if the codes are not those of latents of that size, or `output_patch_size` does not divide it.
+            ValueError: if the codes or their noise are not those of latents of that size, or `output_patch_size` does not
+                divide it.
         """
         grid, output_patch_size = self.code_grid(height, width), self.output_patch_size
         if height % output_patch_size or width % output_patch_size:
@@ -184,12 +205,24 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
                 f"Codes are {tuple(codes.shape)}, but latents of {height}x{width} have {grid[0]}x{grid[1]} codes of "
                 f"{self.config.bottleneck_dim} numbers: (batch, {grid[0] * grid[1]}, {self.config.bottleneck_dim})."
             )
+        if noise_level is None:
+            noise_level = 0.0 if code_noise is None else 1.0
+        if not torch.is_tensor(noise_level):
+            noise_level = codes.new_full((len(codes),), noise_level)
+        noise_level = noise_level.to(codes.dtype).view(-1, 1, 1)
+        if code_noise is not None:
+            if code_noise.shape != codes.shape:
+                raise ValueError(f"`code_noise` is {tuple(code_noise.shape)} for codes of {tuple(codes.shape)}.")
+            codes = codes + noise_level * code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
         output_grid = (height // output_patch_size, width // output_patch_size)
         if output_grid != grid:
             codes = codes.transpose(1, 2).unflatten(2, grid)
             codes = F.interpolate(codes, size=output_grid, mode="bilinear", align_corners=False)
             codes = codes.flatten(2).transpose(1, 2)
-        hidden_states = self._run(self.decoder_blocks, self.from_codes(codes), output_grid)
+        hidden_states = self.from_codes(codes)
+        if self.config.noise_level_input:
+            hidden_states = hidden_states + self.noise_level_embed(noise_level)
+        hidden_states = self._run(self.decoder_blocks, hidden_states, output_grid)
         return self.proj_out(self.norm_out(hidden_states))
 
     def normalize_codes(self, codes: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -227,16 +260,19 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         return mean, std
 
     def forward(
-        self, latents: torch.Tensor, return_dict: bool = True, code_noise: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        return_dict: bool = True,
+        code_noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | float | None = None,
     ) -> DoDLatentEmbedderOutput | tuple:
         """`encode`, then `decode`.
 
         Args:
             latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
             return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
-            code_noise (`torch.Tensor`, *optional*):
-                Noise for training, of the codes' shape, in multiples of the root mean square of each sample's codes: what
-                the codes carry cannot grow past it. The returned codes are without it.
+            code_noise (`torch.Tensor`, *optional*), noise_level (`float` or `torch.Tensor`, *optional*):
+                Noise on the codes, see [`~DoDLatentEmbedder.decode`]. The returned codes are without it.
 
         Returns:
             [`DoDLatentEmbedderOutput`] or `tuple`: prior tokens and codes.
@@ -245,12 +281,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             ValueError: if `patch_size` or `output_patch_size` does not divide the latents.
         """
         codes = self.encode(latents)
-        seen = codes
-        if code_noise is not None:
-            if code_noise.shape != codes.shape:
-                raise ValueError(f"`code_noise` is {tuple(code_noise.shape)} for codes of {tuple(codes.shape)}.")
-            seen = codes + code_noise * codes.detach().square().mean(dim=(1, 2), keepdim=True).sqrt()
-        prior_tokens = self.decode(seen, *latents.shape[-2:])
+        prior_tokens = self.decode(codes, *latents.shape[-2:], code_noise, noise_level)
         if not return_dict:
             return (prior_tokens, codes)
         return DoDLatentEmbedderOutput(prior_tokens=prior_tokens, codes=codes)

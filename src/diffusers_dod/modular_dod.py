@@ -76,6 +76,9 @@ GENERATOR = InputParam(
 CODES = InputParam(
     "codes", torch.Tensor, description="Codes that the first stage sees, `(images, rows * columns, bottleneck_dim)`."
 )
+CODE_NOISE_LEVEL = InputParam(
+    "code_noise_level", float, description="Noise on the codes, for an embedder that reads its level; 0.3 by default."
+)
 MODELS = [
     ComponentSpec("transformer", DoDTransformer2DModel, "Denoiser of all stages."),
     ComponentSpec("latent_embedder", DoDLatentEmbedder, "Makes prior tokens of latents."),
@@ -157,6 +160,7 @@ class DoDInputStep(ModularPipelineBlocks):
             InputParam("output_type", str, "pil", description="`pil`, `np`, `pt` or `latent`."),
             GENERATOR,
             CODES,
+            CODE_NOISE_LEVEL,
         ]
 
     @property
@@ -180,6 +184,7 @@ class DoDInputStep(ModularPipelineBlocks):
         check_steps(block.num_inference_steps, block.num_stages)
         check_choice("output_type", block.output_type, ("pil", "np", "pt", "latent"))
         check_generator(block.generator, batch_size)
+        prepared.check_code_noise_level(block.code_noise_level)
 
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -280,10 +285,13 @@ class DoDEmbedStep(ModularPipelineBlocks):
     @property
     def inputs(self) -> list[InputParam]:
         return [
+            InputParam("class_ids", torch.Tensor, required=True),
             InputParam("height", int, required=True),
             InputParam("width", int, required=True),
             InputParam("sample", torch.Tensor),
+            GENERATOR,
             CODES,
+            CODE_NOISE_LEVEL,
         ]
 
     @property
@@ -292,13 +300,17 @@ class DoDEmbedStep(ModularPipelineBlocks):
 
     def __call__(self, components: ModularPipeline, block: Any, stage: int) -> tuple[ModularPipeline, Any]:
         block.prior_tokens = None
+        if block.sample is None and block.codes is None:
+            return components, block
+        where = (len(block.class_ids), block.height, block.width, components.transformer.dtype, block.class_ids.device)
+        code_noise = Preparation(components).prepare_code_noise(block.code_noise_level, *where, block.generator)
         if block.sample is not None:
-            block.prior_tokens, codes = components.latent_embedder(block.sample, return_dict=False)
+            block.prior_tokens, codes = components.latent_embedder(block.sample, return_dict=False, **code_noise)
             block.codes = codes if block.codes is None else block.codes
-        elif block.codes is not None:
+        else:
             factor = vae_spatial_factor(components.vae)
             size = (block.height // factor, block.width // factor)
-            block.prior_tokens = components.latent_embedder.decode(block.codes, *size)
+            block.prior_tokens = components.latent_embedder.decode(block.codes, *size, **code_noise)
         return components, block
 
 

@@ -225,6 +225,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         codes,
         code_num_inference_steps,
         code_guidance_scale,
+        code_noise_level,
     ):
         check_count("num_stages", num_stages)
         if image is not None and num_stages < 2:
@@ -252,6 +253,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         if latents is not None:
             check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
+        self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
             check_numbers(code_guidance_scale=code_guidance_scale)
@@ -393,6 +395,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         codes: torch.Tensor | None = None,
         code_num_inference_steps: int = 30,
         code_guidance_scale: float = 1.0,
+        code_noise_level: float | None = None,
     ) -> DoDPipelineOutput | tuple:
         r"""Generates images of the given classes.
 
@@ -445,6 +448,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 bottleneck_dim)`; also one set for all images or one per label.
             code_num_inference_steps (`int`, defaults to 30): Steps of the code model.
             code_guidance_scale (`float`, defaults to 1.0): Class guidance of the code model, in every step.
+            code_noise_level (`float`, *optional*):
+                Noise on the codes that a stage sees, in [0, 1] of their size; 0.3 by default. Only for an embedder with
+                `noise_level_input`, which is told the level. The codes that are returned are without it.
 
         Examples:
 
@@ -498,6 +504,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             codes,
             code_num_inference_steps,
             code_guidance_scale,
+            code_noise_level,
         )
         if self.guider is not None:
             guidance_scale = 1.0  # of the pipeline's own
@@ -533,12 +540,15 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 self._guidance_scale = per_stage(guidance_scale, num_stages)[stage - 1]
             if stage == first_stage or isinstance(prior_guidance_scale, list):
                 self._prior_guidance_scale = per_stage(prior_guidance_scale, num_stages)[stage - 1]
-            prior_tokens = None
+            prior_tokens, code_noise = None, {}
+            if prior_latents is not None or codes is not None:
+                where = (batch_size, height, width, dtype, device)
+                code_noise = self.prepare_code_noise(code_noise_level, *where, generator)
             if prior_latents is not None:
-                prior_tokens, stage_codes = self.latent_embedder(prior_latents, return_dict=False)
+                prior_tokens, stage_codes = self.latent_embedder(prior_latents, return_dict=False, **code_noise)
                 codes = stage_codes if codes is None else codes
             elif codes is not None:
-                prior_tokens = self.latent_embedder.decode(codes, *latent_size)
+                prior_tokens = self.latent_embedder.decode(codes, *latent_size, **code_noise)
             noise = self.prepare_latents(batch_size, height, width, dtype, device, generator, latents)
             prior_latents = self.denoise(
                 self.scheduler,

@@ -5,11 +5,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_choice, check_tensor
+from .arguments import check_choice, check_shares, check_tensor
 from .autoencoding import encode_images
 from .pictures import prepare_picture
 
+
+# Noise on the codes where the embedder reads its level, measured in docs/evidence.md
+CODE_NOISE_LEVEL = 0.3
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
 
@@ -148,6 +152,35 @@ class PriorInputsMixin:
                 f"{(batch_size, *latent_shape)}, with one picture or one for each label."
             )
         return image_latents
+
+    def check_code_noise_level(self, code_noise_level: float | None) -> None:
+        """Refuses what is no level, or any level where the embedder reads none."""
+        if code_noise_level is None:
+            return
+        check_shares(code_noise_level=code_noise_level)
+        if not self.latent_embedder.config.noise_level_input:
+            raise ValueError(
+                "`code_noise_level` is given but this pipeline's latent embedder has no `noise_level_input`: leave it out."
+            )
+
+    def prepare_code_noise(
+        self,
+        code_noise_level: float | None,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> dict[str, Any]:
+        """Arguments of the embedder: fresh noise on the codes and its level, where it reads one."""
+        config = self.latent_embedder.config
+        if not config.noise_level_input:
+            return {}
+        rows, columns = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        shape = (batch_size, rows * columns, config.bottleneck_dim)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return {"code_noise": noise, "noise_level": CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level}
 
     def prepare_codes(
         self, codes: torch.Tensor, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device

@@ -33,10 +33,8 @@ def test_patches_make_few_tokens_and_codes_half_of_their_side(size, is_pixels, p
 @pytest.mark.parametrize(("size", "is_pixels", "codes"), [(28, True, 4), (64, True, 4), (128, True, 8), (8, False, 4)])
 def test_a_model_for_codes_has_at_least_4x4(size, is_pixels, codes):
     _, embedder, lines = choose_models(options(prior_drop=0.125), size, is_pixels, 500, "cpu")
-    assert (
-        size // embedder["patch_size"] == codes
-        and f"Codes: {codes}x{codes} of 4 numbers, for a code model" in lines[2]
-    )
+    assert size // embedder["patch_size"] == codes and embedder["noise_level_input"]
+    assert f"Codes: {codes}x{codes} of 4 numbers, for a code model" in lines[2]
 
 
 def test_the_study_s_model_for_small_images_and_what_is_given_stays():

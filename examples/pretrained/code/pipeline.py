@@ -1130,6 +1130,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 """What a picture must be for a model to see it: upright, 8 bits per channel, opaque, gray or RGB, and not too large."""
 
@@ -1192,6 +1193,9 @@ def prepare_picture(picture: PIL.Image.Image, background: str | tuple[int, ...] 
         picture = PIL.Image.alpha_composite(behind, layer)
     return picture.convert(mode)
 
+
+# Noise on the codes where the embedder reads its level, measured in docs/evidence.md
+CODE_NOISE_LEVEL = 0.3
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
 
@@ -1330,6 +1334,35 @@ class PriorInputsMixin:
                 f"{(batch_size, *latent_shape)}, with one picture or one for each label."
             )
         return image_latents
+
+    def check_code_noise_level(self, code_noise_level: float | None) -> None:
+        """Refuses what is no level, or any level where the embedder reads none."""
+        if code_noise_level is None:
+            return
+        check_shares(code_noise_level=code_noise_level)
+        if not self.latent_embedder.config.noise_level_input:
+            raise ValueError(
+                "`code_noise_level` is given but this pipeline's latent embedder has no `noise_level_input`: leave it out."
+            )
+
+    def prepare_code_noise(
+        self,
+        code_noise_level: float | None,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> dict[str, Any]:
+        """Arguments of the embedder: fresh noise on the codes and its level, where it reads one."""
+        config = self.latent_embedder.config
+        if not config.noise_level_input:
+            return {}
+        rows, columns = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        shape = (batch_size, rows * columns, config.bottleneck_dim)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return {"code_noise": noise, "noise_level": CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level}
 
     def prepare_codes(
         self, codes: torch.Tensor, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
@@ -1917,6 +1950,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         codes,
         code_num_inference_steps,
         code_guidance_scale,
+        code_noise_level,
     ):
         check_count("num_stages", num_stages)
         if image is not None and num_stages < 2:
@@ -1944,6 +1978,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         if latents is not None:
             check_tensor("latents", latents, (batch_size, *self._latent_shape(height, width)))
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
+        self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
             check_count("code_num_inference_steps", code_num_inference_steps)
             check_numbers(code_guidance_scale=code_guidance_scale)
@@ -2085,6 +2120,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         codes: torch.Tensor | None = None,
         code_num_inference_steps: int = 30,
         code_guidance_scale: float = 1.0,
+        code_noise_level: float | None = None,
     ) -> DoDPipelineOutput | tuple:
         r"""Generates images of the given classes.
 
@@ -2137,6 +2173,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 bottleneck_dim)`; also one set for all images or one per label.
             code_num_inference_steps (`int`, defaults to 30): Steps of the code model.
             code_guidance_scale (`float`, defaults to 1.0): Class guidance of the code model, in every step.
+            code_noise_level (`float`, *optional*):
+                Noise on the codes that a stage sees, in [0, 1] of their size; 0.3 by default. Only for an embedder with
+                `noise_level_input`, which is told the level. The codes that are returned are without it.
 
         Examples:
 
@@ -2190,6 +2229,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             codes,
             code_num_inference_steps,
             code_guidance_scale,
+            code_noise_level,
         )
         if self.guider is not None:
             guidance_scale = 1.0  # of the pipeline's own
@@ -2225,12 +2265,15 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 self._guidance_scale = per_stage(guidance_scale, num_stages)[stage - 1]
             if stage == first_stage or isinstance(prior_guidance_scale, list):
                 self._prior_guidance_scale = per_stage(prior_guidance_scale, num_stages)[stage - 1]
-            prior_tokens = None
+            prior_tokens, code_noise = None, {}
+            if prior_latents is not None or codes is not None:
+                where = (batch_size, height, width, dtype, device)
+                code_noise = self.prepare_code_noise(code_noise_level, *where, generator)
             if prior_latents is not None:
-                prior_tokens, stage_codes = self.latent_embedder(prior_latents, return_dict=False)
+                prior_tokens, stage_codes = self.latent_embedder(prior_latents, return_dict=False, **code_noise)
                 codes = stage_codes if codes is None else codes
             elif codes is not None:
-                prior_tokens = self.latent_embedder.decode(codes, *latent_size)
+                prior_tokens = self.latent_embedder.decode(codes, *latent_size, **code_noise)
             noise = self.prepare_latents(batch_size, height, width, dtype, device, generator, latents)
             prior_latents = self.denoise(
                 self.scheduler,

@@ -42,6 +42,9 @@ def build_parser() -> Parser:
     add("--prior_guidance_scale", type=real, nargs="+", help="separate scale for the prior; default: none")
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
     add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")
+    add(
+        "--code_noise_level", type=number(float, 0, 1), help="noise on the codes, for an embedder that reads its level"
+    )
     interval = "guided part of the steps, from noise (0) to sample (1); refused with a guider; default: 0 1"
     add("--guidance_interval", type=number(float, 0, 1), nargs=2, help=interval)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")

@@ -158,6 +158,7 @@ def sample(args: argparse.Namespace) -> None:
                 prior_source=args.prior_source,
                 code_num_inference_steps=args.code_num_inference_steps,
                 code_guidance_scale=args.code_guidance_scale,
+                code_noise_level=args.code_noise_level,
                 num_inference_steps=for_stages(args.num_inference_steps),
                 **guidance,
                 generator=row_generators(args.seed, 0, indices),

@@ -218,6 +218,8 @@ def build_pipeline(
         say("\n".join(choices))
     args.prediction_type = args.prediction_type or "flow"
     resolve_objective(args)
+    if args.bottleneck_noise is None:
+        args.bottleneck_noise = 1.0 if embedder_config.get("noise_level_input") else 0.0
 
     # What follows from data, VAE and transformer
     patch_size = config.get("patch_size", 2)

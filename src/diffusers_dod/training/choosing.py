@@ -98,6 +98,8 @@ def choose_models(
     else:
         embedder = {key: value for key, value in PRESETS[preset].latent_embedder.items() if key != "output_dim"}
     embedder["patch_size"] = code_patch
+    if is_for_codes:
+        embedder["noise_level_input"] = True
 
     images = "a stream" if num_images is None else f"{num_images:,} images"
     name = "" if preset is None else f"preset {preset}, "
@@ -106,7 +108,8 @@ def choose_models(
         f"Patch: {patch}x{patch} {unit}, {tokens}x{tokens} tokens, for {size}x{size} {unit} (--transformer_config).",
         f"Size: {name}{shape.layers} layers of width {shape.heads * shape.head_dim}, for {images} (--preset).",
         f"Codes: {size // code_patch}x{size // code_patch} of {embedder.get('bottleneck_dim', 4)} numbers, for "
-        f"{'a code model' if is_for_codes else 'two stages'} (--prior_drop, --embedder_config).",
+        f"{'a code model, with noise whose level is an input' if is_for_codes else 'two stages'} (--prior_drop, "
+        "--embedder_config).",
     ]
     if args.learning_rate is None:
         args.learning_rate = shape.learning_rate

@@ -150,6 +150,7 @@ def dod_loss(
     weighting: torch.Tensor | None = None,
     code_noise: torch.Tensor | None = None,
     hidden_states_layer: int | None = None,
+    noise_level: torch.Tensor | None = None,
 ) -> DoDLoss:
     """Mean squared error of the transformer, jointly differentiable in both models.
 
@@ -167,6 +168,7 @@ def dod_loss(
             noise at the embedder's bottleneck, `(batch, tokens, bottleneck_dim)`, see [`DoDLatentEmbedder`].
         hidden_states_layer (`int`, *optional*):
             Returns the transformer's hidden states after that many blocks, for [`repa_loss`].
+        noise_level (`torch.Tensor`, *optional*): `(batch,)`, factor of `code_noise`, which the embedder may read.
 
     Raises:
         ValueError, TypeError: for tensors of other shapes or types, and for what is no model.
@@ -188,12 +190,15 @@ def dod_loss(
         check_rows((batch_size,), weighting=weighting)
     if code_noise is not None:
         check_rows((None,) * 3, code_noise=code_noise)
+    if noise_level is not None:
+        check_rows((batch_size,), noise_level=noise_level)
     if hidden_states_layer is not None:
         check_count("hidden_states_layer", hidden_states_layer)
     prior_tokens = None
     if num_prior_rows and latent_embedder is not None:
-        noise = None if code_noise is None else code_noise[:num_prior_rows]
-        prior_tokens = latent_embedder(latents[:num_prior_rows], return_dict=False, code_noise=noise)[0]
+        noise, level = (None if each is None else each[:num_prior_rows] for each in (code_noise, noise_level))
+        options = {"return_dict": False, "code_noise": noise, "noise_level": level}
+        prior_tokens = latent_embedder(latents[:num_prior_rows], **options)[0]
         # A row of zeros is a sample without a prior.
         no_prior = prior_tokens.new_zeros(len(latents) - num_prior_rows, *prior_tokens.shape[1:])
         prior_tokens = torch.cat([prior_tokens, no_prior])

@@ -210,8 +210,8 @@ def build_parser(description: str = "") -> Parser:
     add(
         "--bottleneck_noise",
         type=REAL,
-        default=0.0,
-        help="standard deviation of noise on the codes, relative to their size",
+        help="standard deviation of noise on the codes, relative to their size, or its maximum where the embedder reads "
+        "the level; default: 0, or 1 where it reads it",
     )
     repa = "transformers vision model for representation alignment (REPA), or `cached` for features beside the latents"
     add("--repa_encoder", help=repa)

@@ -25,12 +25,13 @@ class StepDraws(NamedTuple):
     mirrored: torch.Tensor
     class_draws: torch.Tensor
     times: torch.Tensor
+    noise_levels: torch.Tensor
     num_prior_rows: int
 
     def of_rows(self, rows: torch.Tensor, device: torch.device) -> "StepDraws":
         """The draws of one process's rows."""
-        mirrored, class_draws, times = (draw[rows].to(device, non_blocking=True) for draw in self[:3])
-        return StepDraws(mirrored, class_draws, times, int((rows < self.num_prior_rows).sum()))
+        draws = (draw[rows].to(device, non_blocking=True) for draw in self[:4])
+        return StepDraws(*draws, int((rows < self.num_prior_rows).sum()))
 
 
 def draw_step(args: argparse.Namespace, step: int, num_rows: int, noise_scheduler: DDPMScheduler | None) -> StepDraws:
@@ -44,7 +45,8 @@ def draw_step(args: argparse.Namespace, step: int, num_rows: int, noise_schedule
     else:
         shape = (args.logit_mean, args.logit_std, args.mode_scale)
         times = compute_density_for_timestep_sampling(args.timestep_density, num_rows, *shape, generator=generator)
-    return StepDraws(mirrored, class_draws, times, prior_rows)
+    noise_levels = torch.rand(num_rows, generator=generator)
+    return StepDraws(mirrored, class_draws, times, noise_levels, prior_rows)
 
 
 class Inputs(NamedTuple):
@@ -58,19 +60,21 @@ class Inputs(NamedTuple):
     example: DiffusionExample
     weighting: torch.Tensor | None
     code_noise: torch.Tensor | None
+    noise_level: torch.Tensor | None
 
 
 def make_inputs(
     args: argparse.Namespace,
     latents: torch.Tensor,
     times: torch.Tensor,
+    noise_levels: torch.Tensor,
     generators: list[torch.Generator],
     noise_scheduler: DDPMScheduler | None,
     embedder: DoDLatentEmbedder | None,
 ) -> Inputs:
     """Clean latents to an example to denoise and what the embedder reads, with noise on it or its codes if asked for."""
     noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
-    weighting, code_noise = None, None
+    weighting, code_noise, noise_level = None, None, None
     if noise_scheduler is not None:
         example = ddpm_example(latents, noise, times, noise_scheduler)
     else:
@@ -83,8 +87,12 @@ def make_inputs(
     if args.bottleneck_noise and embedder is not None:
         tokens = latents[0, 0].numel() // embedder.config.patch_size**2
         shape = (len(latents), tokens, embedder.config.bottleneck_dim)
-        code_noise = args.bottleneck_noise * randn_tensor(shape, generator=generators, device=latents.device)
-    return Inputs(latents, example, weighting, code_noise)
+        code_noise = randn_tensor(shape, generator=generators, device=latents.device)
+        if embedder.config.noise_level_input:
+            noise_level = args.bottleneck_noise * noise_levels
+        else:
+            code_noise = args.bottleneck_noise * code_noise
+    return Inputs(latents, example, weighting, code_noise, noise_level)
 
 
 class TrainingModule(torch.nn.Module):
@@ -118,6 +126,7 @@ class TrainingModule(torch.nn.Module):
             num_prior_rows,
             weighting=inputs.weighting,
             code_noise=inputs.code_noise,
+            noise_level=inputs.noise_level,
             hidden_states_layer=None if self.repa_projector is None else self.repa_layer,
         )
         if self.repa_projector is None or features is None:
@@ -191,7 +200,9 @@ class GradientStep(NamedTuple):
         args, repa, mirrored = self.args, self.repa, draws.mirrored
         latents = to_latents(batch, self.vae, mirrored, generators)
         features = None if repa is None else to_features(batch, repa.encoder, repa.grid, mirrored)
-        inputs = make_inputs(args, latents, draws.times, generators, self.noise_scheduler, self.embedder)
+        inputs = make_inputs(
+            args, latents, draws.times, draws.noise_levels, generators, self.noise_scheduler, self.embedder
+        )
         num_classes = self.denoiser.config.num_classes
         labels = drop_labels(batch["label"], num_classes, args.class_drop, draws.class_draws)
 
