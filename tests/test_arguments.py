@@ -280,6 +280,7 @@ EMBEDDER = {
     "rope_theta": (100.0, 1000),
     "codes_mean": (None, [0.0, 1.0], [0.5]),
     "codes_std": (None, [1.0, 2.0], (0.5, 1)),
+    "noise_level_input": (False, True),
 }
 PROJECTOR = {"in_dim": (16,), "out_dim": (4,), "hidden_dim": (8,)}
 TINY_TRANSFORMER = {
