@@ -148,10 +148,9 @@ def option_table(studies: list[Results]) -> str:
     rows = []
     for results in studies:
         for base in ("narrow codes", "wide codes"):
-            start = base.partition(" ")[0]
-            tried = {
-                name: variant for name, variant in OPTIONS.items() if name.startswith(start) and results.rows[name]
-            }
+            tried = {name: OPTIONS[name] for name in OPTIONS if name[:4] == base[:4] and results.rows[name]}
+            if not tried:
+                continue
             for name, variant in {base: MAIN[base], **tried}.items():
                 for level in NOISE_LEVELS if variant.option == "noise level" else (None,):
                     row = [results.name, name if level is None else f"{name}, sampled at {level:g}"]
