@@ -30,8 +30,8 @@ class StepDraws(NamedTuple):
 
     def of_rows(self, rows: torch.Tensor, device: torch.device) -> "StepDraws":
         """The draws of one process's rows."""
-        draws = (draw[rows].to(device, non_blocking=True) for draw in self[:4])
-        return StepDraws(*draws, int((rows < self.num_prior_rows).sum()))
+        mirrored, class_draws, times, levels = (draw[rows].to(device, non_blocking=True) for draw in self[:4])
+        return StepDraws(mirrored, class_draws, times, levels, int((rows < self.num_prior_rows).sum()))
 
 
 def draw_step(args: argparse.Namespace, step: int, num_rows: int, noise_scheduler: DDPMScheduler | None) -> StepDraws:
