@@ -361,8 +361,8 @@ def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_p
     for page, (class_name, seed, steps) in zip(pages, users):
         choose(page, class_name, seed, stages=2, steps=steps)
         page.evaluate(WATCH)
-    for page in pages:
-        generate(page)
+    for page in pages:  # a real click waits for the page to be still, in which the other drawing could end
+        page.get_by_role("button", name="Generate").dispatch_event("click")
     for page in pages:
         wait_for_end(page)
 
