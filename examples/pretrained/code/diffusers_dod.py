@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -648,8 +647,6 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.to_codes = nn.Linear(dim, bottleneck_dim)
 
         self.from_codes = nn.Linear(bottleneck_dim, dim)
-        if noise_level_input:
-            self.noise_level_embed = TimestepEmbedding(1, dim)
         self.decoder_blocks = nn.ModuleList(
             DoDViTBlock(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_decoder_layers)
         )
@@ -659,6 +656,10 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.gradient_checkpointing = False
         self.apply(initialize_linear_xavier)
         nn.init.zeros_(self.proj_out.weight)
+        if noise_level_input:
+            # With PyTorch's initialisation, which trained better here than Xavier's (docs/evidence.md).
+            self.from_codes = nn.Linear(bottleneck_dim, dim)
+            self.noise_level_embed = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim, bias=False))
 
     def _run(self, blocks: nn.ModuleList, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         rotary_emb = self.rope(*grid, hidden_states.device)
