@@ -144,7 +144,7 @@ def copying_table(studies: list[Results]) -> str:
 
 
 def option_table(studies: list[Results]) -> str:
-    """One thing changed at a time: the distances below those of the model without the change."""
+    """Distances of the changes that were tried, below those of the model without them."""
     rows = []
     for results in studies:
         for base in ("narrow codes", "wide codes"):

@@ -70,6 +70,7 @@ class Drawing:
 
     def arguments(self) -> dict:
         """The pipeline's arguments that are plain values."""
+        draws_codes = self.start == "codes" and self.codes is None
         return {
             "class_labels": self.class_id,
             **({} if self.num_samples == 1 else {"num_images_per_prompt": self.num_samples}),
@@ -77,11 +78,7 @@ class Drawing:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             **({"prior_source": "stage"} if self.start == "stage" else {}),
-            **(
-                {"code_guidance_scale": self.code_guidance_scale}
-                if self.start == "codes" and self.codes is None
-                else {}
-            ),
+            **({"code_guidance_scale": self.code_guidance_scale} if draws_codes else {}),
         }
 
     def from_codes(self, pipe: DoDPipeline, codes: torch.Tensor) -> "Drawing":
