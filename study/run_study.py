@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import MAIN, NUM_SAMPLES, OPTIONS, STUDIES, Setting, Size, settings
+from experiments import MAIN, NUM_SAMPLES, OPTIONS, SOLVED, STUDIES, Setting, Size, settings
 from models import begin_code_training, begin_training, build_pipeline, copying, draw, sample_labels
 from referee import Referee
 from training import Training, train_together
@@ -28,7 +28,7 @@ from training import Training, train_together
 from diffusers_dod import DoDPipeline
 
 
-VARIANTS = MAIN | OPTIONS
+VARIANTS = MAIN | OPTIONS | SOLVED
 
 
 def load_data(name: str, source: Path | None, folder: Path) -> DataSet:
@@ -101,7 +101,7 @@ def training_seconds(name: str, steps: int, facts: dict) -> float:
 
 def steps_of(name: str, steps: int, facts: dict) -> int:
     """The class-only rival trains at least as long as any of the others."""
-    if name != "class-only":
+    if VARIANTS[name].recipe.prior_drop < 1:
         return steps
     longest = max(training_seconds(other, steps, facts) for other in MAIN)
     return round(longest / facts["cpu_seconds"]["class-only"]["step"])

@@ -7,7 +7,7 @@ import data_sets
 import pytest
 import report
 import torch
-from experiments import CLASS_ONLY, DOD, MAIN, NARROW, OPTIONS, STUDIES, WIDE, Setting, Size, settings
+from experiments import CLASS_ONLY, DOD, MAIN, NARROW, OPTIONS, SOLVED, STUDIES, WIDE, Setting, Size, settings
 from models import (
     QuantisedEmbedder,
     begin_code_training,
@@ -145,7 +145,7 @@ def test_evaluations_count_guided_steps_and_the_code_model():
     assert Setting("stage", (12, 12), (1.5, 1.0)).evaluations == 30
     assert Setting("codes", (12,), (1.0,)).evaluations == 12
     assert str(Setting("codes", (12,), (1.5,), 1.5)) == "codes, 12 steps, guidance 1.5, codes guided 1.5"
-    for name, variant in (MAIN | OPTIONS).items():
+    for name, variant in (MAIN | OPTIONS | SOLVED).items():
         names = [str(setting) for setting in settings(name, variant)]
         assert len(names) == len(set(names)) and names
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
 from safetensors.torch import load_file
 from training_runs import assert_equal_tensors, cache_digits, write_digits
@@ -53,6 +54,7 @@ def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tm
         path = f"{name}/diffusion_pytorch_model.safetensors"
         assert_equal_tensors(load_file(run / path), load_file(pipeline / path))
     assert pipe.config.id2label["1"] == "one" and pipe.code_transformer.config.patch_size == 2
+    assert isinstance(pipe.code_scheduler, UniPCMultistepScheduler) and pipe.code_scheduler.config.use_flow_sigmas
     # Standardised codes of the training images have the statistics of the config; generated ones come near.
     labels = torch.arange(300) % 3
     codes = pipe.generate_codes(labels, 14, 14, generator=torch.Generator().manual_seed(0))

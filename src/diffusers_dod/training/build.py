@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration
-from diffusers import AutoModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoModel, DDIMScheduler, SchedulerMixin, UniPCMultistepScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 
 from ..arguments import is_count
@@ -259,11 +259,16 @@ def build_pipeline(
     embedder_config.setdefault("patch_size", patch_size)
     own = {**derived, "output_dim": transformer.inner_dim, "output_patch_size": patch_size}
     embedder = build_model(DoDLatentEmbedder, embedder_config, own, "--embedder_config")
-    if args.prediction_type == "flow":
-        return DoDPipeline(transformer, embedder, FlowMatchEulerDiscreteScheduler(), vae, id2label)
     # Only pixels have a range to clip to.
-    scheduler = DDIMScheduler(prediction_type=args.prediction_type, clip_sample=vae is None)
+    scheduler = make_scheduler(args.prediction_type, clip_sample=vae is None)
     return DoDPipeline(transformer, embedder, scheduler, vae, id2label)
+
+
+def make_scheduler(prediction_type: str, clip_sample: bool = False) -> SchedulerMixin:
+    """What a new model is sampled with: for flow the second-order UniPC, which needs fewer steps than Euler."""
+    if prediction_type == "flow":
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return DDIMScheduler(prediction_type=prediction_type, clip_sample=clip_sample)
 
 
 def freeze(args: argparse.Namespace, subject: Subject) -> None:

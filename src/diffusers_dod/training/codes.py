@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
 from ..randomness import row_generators, step_generator
 from ..transformer_dod import DoDTransformer2DModel
-from .build import Subject, build_model, load_component
+from .build import Subject, build_model, load_component, make_scheduler
 from .options import resolve_objective
 
 
@@ -158,7 +157,7 @@ class CodeTraining:
         torch.nn.init.normal_(model.class_embed.weight, std=1.0)
         components = pipeline.components | {
             "code_transformer": model,
-            "code_scheduler": FlowMatchEulerDiscreteScheduler(),
+            "code_scheduler": make_scheduler("flow"),
         }
         whole = DoDPipeline(**components, id2label=pipeline.config.id2label)
         rows = EncodedCodes(self.kept, labels[kept])
