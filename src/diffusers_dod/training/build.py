@@ -267,7 +267,8 @@ def build_pipeline(
 def make_scheduler(prediction_type: str, clip_sample: bool = False) -> SchedulerMixin:
     """What a new model is sampled with: for flow the second-order UniPC, whose samples are better than Euler's."""
     if prediction_type == "flow":
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        with torch.device("cpu"):  # it copies its tables, which the meta device cannot
+            return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=clip_sample)
 
 
