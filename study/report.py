@@ -182,14 +182,15 @@ def solver_table(studies: list[Results]) -> str:
             best, rival = results.best(name, 36), str(results.best(names[0], 36))
             row = [results.name, name.removesuffix(", two solvers")]
             row += [spread(results.values(name, setting, "fd"), 1) for setting in plain]
-            row += [str(best).partition(", ")[2], f"{results.evaluations(name, best):.1f}"]
+            setting = str(best).partition(", ")[2].replace(", noise level 0.3", "")
+            row += [setting, f"{results.evaluations(name, best):.1f}"]
             row += [spread(results.values(name, str(best), figure), 1) for figure in ("fd", "fd_pca")]
             for figure in ("fd", "fd_pca"):
                 ratio = ratios(results.values(name, str(best), figure), results.values(names[0], rival, figure))
                 row.append("" if name == names[0] else ratio)
             rows.append(row)
     head = ["data", "model", "unguided: Euler", "unguided: UniPC", "best: setting", "evaluations", "FD", "FD, pixels"]
-    return table([*head, "ratio to class-only: FD", "FD, pixels"], rows)
+    return table([*head, "ratio to class-only: FD", "ratio: pixels"], rows)
 
 
 def plot(studies: list[Results], path: Path) -> None:
