@@ -75,11 +75,11 @@ OPTIONS = {
 NOISE_LEVELS = (0.0, 0.3, 0.6)
 
 # Models sampled by two solvers. On emoji, a code model of 2,000 steps copies.
-NOISE_LEVEL = OPTIONS["wide, noise level"]
+SAMPLED_LEVEL = 0.3  # the pipeline's default
 SOLVED = {
     "class-only, two solvers": CLASS_ONLY,
-    "noise level, two solvers": NOISE_LEVEL,
-    "noise level, 500 code steps, two solvers": replace(NOISE_LEVEL, code_steps=500),
+    "noise level, two solvers": OPTIONS["wide, noise level"],
+    "noise level, 500 code steps, two solvers": replace(OPTIONS["wide, noise level"], code_steps=500),
 }
 
 
@@ -133,7 +133,7 @@ def settings(name: str, variant: Variant) -> list[Setting]:
             found = [Setting("stage", (2 * STAGE,), (scale,)) for scale in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)]
         else:
             pairs = [(12, 1.0), (12, 2.0), (20, 2.0), (20, 3.0), (20, 4.0), (24, 1.0)]
-            found = [Setting("codes", (steps,), (scale,), noise_level=0.3) for steps, scale in pairs]
+            found = [Setting("codes", (steps,), (scale,), noise_level=SAMPLED_LEVEL) for steps, scale in pairs]
         return [found[0], *(replace(setting, solver="UniPC") for setting in found)]
     if name in OPTIONS:
         found = [*(Setting("codes", (STAGE,), (scale,)) for scale in (1.0, 1.5)), real]

@@ -18,7 +18,19 @@ from pathlib import Path
 import examples_path  # noqa: F401
 import numpy as np
 import torch
-from experiments import MAIN, NOISE_LEVELS, OPTIONS, RESULTS, SOLVED, STAGE, STUDIES, Setting, Variant, settings
+from experiments import (
+    MAIN,
+    NOISE_LEVELS,
+    OPTIONS,
+    RESULTS,
+    SAMPLED_LEVEL,
+    SOLVED,
+    STAGE,
+    STUDIES,
+    Setting,
+    Variant,
+    settings,
+)
 from models import build_transformer
 
 from diffusers_dod.training.flops import transformer_flops
@@ -41,7 +53,7 @@ class Results:
         for run in self.runs:
             for row in run["rows"]:
                 self.rows[run["variant"]][row["setting"]][run["seed"]] = row
-        self.code_costs = {name: self.code_evaluations(variant) for name, variant in {**MAIN, **SOLVED}.items()}
+        self.code_costs = {name: self.code_evaluations(variant) for name, variant in (MAIN | SOLVED).items()}
 
     def code_evaluations(self, variant: Variant) -> float:
         """What the code model's steps cost, in forwards of the backbone, by FLOPs."""
@@ -177,12 +189,11 @@ def solver_table(studies: list[Results]) -> str:
     for results in studies:
         names = [name for name in SOLVED if results.rows[name]]
         for name in names:
-            plain = [s for s in settings(name, SOLVED[name]) if s.steps != (24,) or s.source == "stage"]
-            plain = [str(setting) for setting in plain if setting.guidance == (1.0,)]
+            plain = [str(setting) for setting in settings(name, SOLVED[name])[:2]]  # unguided: Euler, UniPC
             best, rival = results.best(name, 36), str(results.best(names[0], 36))
             row = [results.name, name.removesuffix(", two solvers")]
             row += [spread(results.values(name, setting, "fd"), 1) for setting in plain]
-            setting = str(best).partition(", ")[2].replace(", noise level 0.3", "")
+            setting = str(best).partition(", ")[2].replace(f", noise level {SAMPLED_LEVEL:g}", "")
             row += [setting, f"{results.evaluations(name, best):.1f}"]
             row += [spread(results.values(name, str(best), figure), 1) for figure in ("fd", "fd_pca")]
             for figure in ("fd", "fd_pca"):
