@@ -17,6 +17,7 @@ whole and run in bfloat16. `--rows` takes some groups only:
     import          `DoDPipeline` imported after the classes of diffusers that it needs, against importing those
     loading         `DoDPipeline.from_pretrained` of a folder against reading the bytes of its weights
     graphs          small batches with CUDA graphs against eager (GPU)
+    solvers         sampling with UniPC and with DPM-Solver++ against Euler's method (GPU)
     mfu, throughput utilisation and memory in training, images per second in sampling (GPU)
 
 Prints a table and writes JSON, after each group, so that a run that is cut short keeps what it has.
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import interleaved
 import torch
-from gpu_rows import graphs_rows, mfu_rows, throughput_rows
+from gpu_rows import graphs_rows, mfu_rows, solver_rows, throughput_rows
 from interleaved import Ratio
 from loop_rows import loop_rows
 from model_rows import bfloat16_rows, compile_rows, depth_rows, scaling_rows, training_rows
@@ -56,6 +57,7 @@ GROUPS = {
     "graphs": graphs_rows,
     "mfu": mfu_rows,
     "throughput": throughput_rows,
+    "solvers": solver_rows,
 }
 
 

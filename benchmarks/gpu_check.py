@@ -20,8 +20,8 @@ import torch
 
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("mfu", "sampling", "training", "graphs", "memory", "compile", "depth", "throughput")
-GPU_ONLY = ("mfu", "graphs", "throughput", "tests")
+GROUPS = ("mfu", "sampling", "training", "graphs", "memory", "compile", "depth", "throughput", "solvers")
+GPU_ONLY = ("mfu", "graphs", "throughput", "solvers", "tests")
 # On two busy cores compiling takes longer than everything else of the tiny run.
 NOT_TINY = ("compile", "depth", "memory")
 TINY = ("--layers", "1", "--batch_size", "2", "--steps", "1", "--repeats", "1")

@@ -70,6 +70,34 @@ def throughput_rows(args) -> dict[str, Ratio | float]:
     return rows
 
 
+def solver_rows(args) -> dict[str, Ratio]:
+    """One unguided stage of 30 steps with `train`'s scheduler and a rival of its order, against Euler's method."""
+    if args.device != "cuda":
+        return {}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    schedulers = {
+        "UniPC": diffusers.UniPCMultistepScheduler(**flow),
+        "DPM-Solver++": diffusers.DPMSolverMultistepScheduler(**flow),
+        "Euler": diffusers.FlowMatchEulerDiscreteScheduler(),
+    }
+    rows = {}
+    for size, batch in (("B", 8), ("XL", 64)):
+        torch.cuda.empty_cache()
+        transformer, embedder = make_models(size, None, "cuda", torch.bfloat16)
+        transformer.compile_repeated_blocks(fullgraph=True)
+        pipes = {name: DoDPipeline(transformer, embedder, scheduler) for name, scheduler in schedulers.items()}
+        for pipe in pipes.values():
+            pipe.set_progress_bar_config(disable=True)
+
+        def sample(name, pipes=pipes, batch=batch):
+            pipes[name]([0] * batch, num_stages=1, guidance_scale=1.0, num_inference_steps=30, output_type="latent")
+
+        for name in ("UniPC", "DPM-Solver++"):
+            ratio = compare(lambda: sample(name), lambda: sample("Euler"), args.repeats)  # noqa: B023 - run at once
+            rows[f"sampling, {name} / Euler, DoD-{size}/2, batch {batch}"] = ratio
+    return rows
+
+
 def graphs_rows(args) -> dict[str, Ratio]:
     """Forwards of small batches, where launching takes longer than computing: the whole model in CUDA graphs, or eager."""
     if args.device != "cuda":

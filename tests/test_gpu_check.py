@@ -20,9 +20,9 @@ def test_parts_are_done_once_and_those_of_a_gpu_are_skipped(tmp_path):
     output = tmp_path / "results.json"
     printed, parts = check(output, "--minutes", "0")
     assert "left for the next call" in printed and not parts
-    gpu_only = ["mfu", "graphs", "throughput", "tests"]
+    gpu_only = ["mfu", "graphs", "throughput", "solvers", "tests"]
     printed, parts = check(output, "--parts", *gpu_only, "sampling")
-    assert [parts[name]["skipped"] for name in gpu_only] == ["needs a GPU"] * 4
+    assert [parts[name]["skipped"] for name in gpu_only] == ["needs a GPU"] * 5
     assert all(f"| {name} | | needs a GPU | |" in printed for name in gpu_only)
     assert (
         parts["sampling"]["rows"] and "| sampling | pipeline, 2 stages of 1 guided steps / bare forwards |" in printed
