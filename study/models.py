@@ -65,7 +65,7 @@ def begin_training(data: DataSet, variant: Variant, size: Size, steps: int, seed
         bottleneck_dim=bottleneck_dim,
         output_dim=size.width,
         output_patch_size=patch,
-        noise_level_input=variant.option == "noise level",
+        noise_level_input=variant.reads_noise_level,
     )
     recipe = Recipe(**{**vars(variant.recipe), "steps": steps})
     has_prior = recipe.prior_drop < 1
@@ -100,10 +100,10 @@ def build_pipeline(data: DataSet, training: Training, code_training: Training | 
     pipeline = DoDPipeline(
         training.transformer,
         training.embedder or training.unused_embedder,
-        FlowMatchEulerDiscreteScheduler(),
+        build_scheduler("UniPC"),
         id2label=dict(enumerate(data.class_names)),
         code_transformer=None if code_training is None else code_training.transformer,
-        code_scheduler=None if code_training is None else FlowMatchEulerDiscreteScheduler(),
+        code_scheduler=None if code_training is None else build_scheduler("UniPC"),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -134,7 +134,7 @@ def draw(pipe: DoDPipeline, setting: Setting, labels: torch.Tensor, data: DataSe
     pipe.scheduler, pipe.code_scheduler = build_scheduler(setting.solver), build_scheduler(setting.solver)
     options = {"prior_source": "stage"}
     if setting.source == "codes":
-        options = {"prior_source": "codes", "code_guidance_scale": setting.code_guidance}
+        options = {"prior_source": "codes"}
     elif setting.source == "real":
         options = {"codes": real_codes(pipe, labels, data, seed)}
     output = pipe(

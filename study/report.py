@@ -18,19 +18,7 @@ from pathlib import Path
 import examples_path  # noqa: F401
 import numpy as np
 import torch
-from experiments import (
-    MAIN,
-    NOISE_LEVELS,
-    OPTIONS,
-    RESULTS,
-    SAMPLED_LEVEL,
-    SOLVED,
-    STAGE,
-    STUDIES,
-    Setting,
-    Variant,
-    settings,
-)
+from experiments import MAIN, OPTIONS, RESULTS, STUDIES, VARIANTS, Setting, Variant, settings
 from models import build_transformer
 
 from diffusers_dod.training.flops import transformer_flops
@@ -39,7 +27,8 @@ from diffusers_dod.training.flops import transformer_flops
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 CODE_STEPS = 30
-LABELS = {"class-only": "24 steps", "DoD": "12 + 12", "narrow codes": "12 steps", "wide codes": "12 steps"}
+MOST = 36  # evaluations that a setting may take
+STAGES = {"class-only": (24,), "DoD": (12, 12), "narrow codes": (20,), "wide codes": (20,)}  # in the plot
 
 
 class Results:
@@ -53,7 +42,7 @@ class Results:
         for run in self.runs:
             for row in run["rows"]:
                 self.rows[run["variant"]][row["setting"]][run["seed"]] = row
-        self.code_costs = {name: self.code_evaluations(variant) for name, variant in (MAIN | SOLVED).items()}
+        self.code_costs = {name: self.code_evaluations(variant) for name, variant in VARIANTS.items()}
 
     def code_evaluations(self, variant: Variant) -> float:
         """What the code model's steps cost, in forwards of the backbone, by FLOPs."""
@@ -69,16 +58,16 @@ class Results:
         return CODE_STEPS * transformer_flops(model) / transformer_flops(backbone)
 
     def evaluations(self, name: str, setting: Setting) -> float:
-        codes = self.code_costs[name] if setting.source == "codes" else 0.0
-        return setting.evaluations + codes
+        """Forwards of the backbone per sample, the code model's included."""
+        return setting.evaluations + (self.code_costs[name] if setting.source == "codes" else 0.0)
 
-    def best(self, name: str, most_evaluations: float, guided: bool = True, figure: str = "fd") -> Setting:
-        """The setting with the least mean of a figure, of those within a number of evaluations."""
-        wanted = [s for s in settings(name, (MAIN | SOLVED)[name]) if s.source != "real" and str(s) in self.rows[name]]
-        wanted = [s for s in wanted if self.evaluations(name, s) <= most_evaluations]
+    def best(self, name: str, guided: bool = True) -> Setting:
+        """The UniPC setting with the least mean distance, of those within `MOST` evaluations."""
+        wanted = [s for s in settings(name, MAIN[name]) if s.source != "real" and s.solver == "UniPC"]
+        wanted = [s for s in wanted if self.evaluations(name, s) <= MOST]
         if not guided:
-            wanted = [s for s in wanted if set(s.guidance) == {1.0} and s.code_guidance == 1.0]
-        return min(wanted, key=lambda s: self.mean(name, str(s), figure))
+            wanted = [s for s in wanted if set(s.guidance) == {1.0}]
+        return min(wanted, key=lambda s: self.mean(name, str(s), "fd"))
 
     def values(self, name: str, setting: str, figure: str) -> dict[int, float]:
         return {seed: row[figure] for seed, row in sorted(self.rows[name][setting].items())}
@@ -98,47 +87,46 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def ratios(one: dict[int, float], other: dict[int, float]) -> str:
-    return spread({seed: one[seed] / other[seed] for seed in one if seed in other}, 2)
+    """The ratio of the means, and each seed's."""
+    each = ", ".join(f"{one[seed] / other[seed]:.2f}" for seed in one)
+    return f"{statistics.mean(one.values()) / statistics.mean(other.values()):.2f} ({each})"
+
+
+def described(setting: Setting) -> str:
+    """A setting as the tables have it: without its source and what all settings of codes share."""
+    return str(setting).partition(", ")[2].replace(", noise level 0.3", "")
 
 
 def main_table(studies: list[Results]) -> str:
-    """Distances of every model without guidance and at its best."""
+    """Distances of every model without guidance, with either solver, and at its best."""
     rows = []
     for results in studies:
         for name in MAIN:
-            plain, best = results.best(name, 36, guided=False), results.best(name, 36)
-            how, evaluations = str(best).partition(", ")[2], f"{results.evaluations(name, best):.1f}"
-            row = [results.name, name, spread(results.values(name, str(plain), "fd"), 1), how, evaluations]
-            row.append(spread(results.values(name, str(best), "fd"), 1))
+            plain, best = results.best(name, guided=False), results.best(name)
+            euler = next(str(s) for s in settings(name, MAIN[name]) if s.solver == "Euler")
+            row = [results.name, name, f"{results.mean(name, euler, 'fd'):.1f}"]
+            row += [spread(results.values(name, str(plain), "fd"), 1), described(best)]
+            row += [f"{results.evaluations(name, best):.1f}", spread(results.values(name, str(best), "fd"), 1)]
             row += [
                 f"{results.mean(name, str(best), 'fd_pca'):.1f}",
                 f"{results.mean(name, str(best), 'accuracy'):.3f}",
             ]
             rows.append(row)
-    head = ["data", "model", "unguided: FD", "best: setting", "evaluations", "FD", "FD, pixels", "accuracy"]
-    return table(head, rows)
+    head = ["data", "model", "unguided, Euler", "unguided", "best: setting", "evaluations", "FD", "FD, pixels"]
+    return table([*head, "accuracy"], rows)
 
 
 def ratio_table(studies: list[Results]) -> str:
     """Each model at its best over the class-only model at its best, within as many evaluations."""
     rows = []
     for results in studies:
-        rival = str(results.best("class-only", 36))
         for name in list(MAIN)[1:]:
-            ours = str(results.best(name, 36))
             row = [results.name, name]
-            for figure in ("fd", "fd_pca"):
-                row.append(ratios(results.values(name, ours, figure), results.values("class-only", rival, figure)))
-            plain = (str(results.best(n, 36, guided=False)) for n in (name, "class-only"))
-            pair = [results.values(n, s, "fd") for n, s in zip((name, "class-only"), plain)]
-            rows.append([*row, ratios(*pair)])
-    head = [
-        "data",
-        "model",
-        "FD, classifier: both at their best",
-        "FD, pixels: the same settings",
-        "FD, classifier: unguided",
-    ]
+            for figure, guided in (("fd", True), ("fd_pca", True), ("fd", False)):
+                pair = [results.values(n, str(results.best(n, guided)), figure) for n in (name, "class-only")]
+                row.append(ratios(*pair))
+            rows.append(row)
+    head = ["data", "model", "FD: both at their best", "FD, pixels: the same settings", "FD: unguided"]
     return table(head, rows)
 
 
@@ -161,17 +149,15 @@ def option_table(studies: list[Results]) -> str:
     """Distances of the changes that were tried, below those of the model without them."""
     rows = []
     for results in studies:
-        for group, base in {"narrow": ["narrow codes"], "wide": ["wide codes"], "7x7 tokens": []}.items():
-            tried = [name for name in OPTIONS if name.startswith(f"{group},") and results.rows[name]]
-            for name in [*base, *tried] if tried else []:
-                variant = (MAIN | OPTIONS)[name]
-                for level in NOISE_LEVELS if variant.option == "noise level" else (None,):
-                    row = [results.name, name if level is None else f"{name}, sampled at {level:g}"]
-                    for source, scale in (("codes", 1.0), ("codes", 1.5), ("real", 1.0)):
-                        setting = str(Setting(source, (STAGE,), (scale,), noise_level=level))
-                        row.append(spread(results.values(name, setting, "fd"), 1))
-                    setting = str(Setting("codes", (STAGE,), (1.5,), noise_level=level))
-                    rows.append([*row, f"{results.mean(name, setting, 'fd_pca'):.1f}"])
+        for name in (name for name in OPTIONS if results.rows[name]):
+            variant = VARIANTS[name]
+            tried = settings(name, variant)
+            for first in range(0, len(tried), 3):
+                plain, guided, real = map(str, tried[first : first + 3])
+                level = f", sampled at {tried[first].noise_level:g}" if variant.reads_noise_level else ""
+                row = [results.name, name + level]
+                row += [spread(results.values(name, setting, "fd"), 1) for setting in (plain, guided, real)]
+                rows.append([*row, f"{results.mean(name, guided, 'fd_pca'):.1f}"])
     head = [
         "data",
         "model",
@@ -183,51 +169,29 @@ def option_table(studies: list[Results]) -> str:
     return table(head, rows)
 
 
-def solver_table(studies: list[Results]) -> str:
-    """The same models sampled with Euler and with UniPC, and their ratio at their best."""
-    rows = []
-    for results in studies:
-        names = [name for name in SOLVED if results.rows[name]]
-        for name in names:
-            plain = [str(setting) for setting in settings(name, SOLVED[name])[:2]]  # unguided: Euler, UniPC
-            best, rival = results.best(name, 36), str(results.best(names[0], 36))
-            row = [results.name, name.removesuffix(", two solvers")]
-            row += [spread(results.values(name, setting, "fd"), 1) for setting in plain]
-            setting = str(best).partition(", ")[2].replace(f", noise level {SAMPLED_LEVEL:g}", "")
-            row += [setting, f"{results.evaluations(name, best):.1f}"]
-            row += [spread(results.values(name, str(best), figure), 1) for figure in ("fd", "fd_pca")]
-            for figure in ("fd", "fd_pca"):
-                ratio = ratios(results.values(name, str(best), figure), results.values(names[0], rival, figure))
-                row.append("" if name == names[0] else ratio)
-            rows.append(row)
-    head = ["data", "model", "unguided: Euler", "unguided: UniPC", "best: setting", "evaluations", "FD", "FD, pixels"]
-    return table([*head, "ratio to class-only: FD", "ratio: pixels"], rows)
-
-
 def plot(studies: list[Results], path: Path) -> None:
     """Distance against guidance scale, a panel per data set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(studies), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(studies), 4.0), layout="constrained")
     for axes, results in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies):
         for name in MAIN:
-            points = {}
-            for setting in settings(name, MAIN[name]):
-                shown = (
-                    len(setting.steps) == 2
-                    if name == "DoD"
-                    else setting.code_guidance == 1.0 and len(setting.steps) == 1
-                )
-                shown = shown and setting.guidance != (2.0, 1.25)
-                if setting.source != "real" and shown and setting.steps[0] != 2 * STAGE or name == "class-only":
-                    points[setting.guidance[-1]] = results.mean(name, str(setting), "fd")
-            axes.plot(*zip(*sorted(points.items())), marker="o", label=f"{name}, {LABELS[name]}")
-        axes.set(title=results.name, xlabel="guidance of the last stage", ylabel="FD, classifier", yscale="log")
+            shown = [
+                setting
+                for setting in settings(name, MAIN[name])
+                if setting.source != "real"
+                and len(set(setting.guidance)) == 1
+                and (setting.steps, setting.solver) == (STAGES[name], "UniPC")
+            ]
+            points = {setting.guidance[-1]: results.mean(name, str(setting), "fd") for setting in shown}
+            label = f"{name}, {' + '.join(map(str, STAGES[name]))} steps"
+            axes.plot(*zip(*sorted(points.items())), marker="o", label=label)
+        axes.set(title=results.name, xlabel="guidance of every stage", ylabel="FD, classifier", yscale="log")
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis("{x:.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -235,7 +199,7 @@ def summary_table(studies: list[Results]) -> str:
     """For the README: the distances of class-only and of wide codes, each at its best, and their ratio."""
     rows = []
     for results in studies:
-        settings_of = {name: results.best(name, 36) for name in ("class-only", "wide codes")}
+        settings_of = {name: results.best(name) for name in ("class-only", "wide codes")}
         values = {name: results.values(name, str(setting), "fd") for name, setting in settings_of.items()}
         row = [results.name]
         for name, setting in settings_of.items():
@@ -243,7 +207,7 @@ def summary_table(studies: list[Results]) -> str:
                 f"{statistics.mean(values[name].values()):.1f} in {results.evaluations(name, setting):.0f} evaluations"
             )
         rows.append([*row, ratios(values["wide codes"], values["class-only"])])
-    return table(["data", "class-only", "one stage from a code model", "ratio: mean (each seed)"], rows)
+    return table(["data", "class-only", "one stage from a code model", "ratio: of the means (each seed)"], rows)
 
 
 TABLES = {
@@ -252,12 +216,16 @@ TABLES = {
     "ratios": ratio_table,
     "copying": copying_table,
     "options": option_table,
-    "solvers": solver_table,
 }
 
 
 def read_runs(name: str, folder: Path) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted((folder / name / "runs").glob("*.json"))]
+    """The records of a data set's folder, of settings that `experiments.py` has."""
+    runs = [json.loads(file.read_text()) for file in sorted((folder / name / "runs").glob("*.json"))]
+    for run in runs:
+        known = {str(setting) for setting in settings(run["variant"], VARIANTS[run["variant"]])}
+        run["rows"] = [row for row in run["rows"] if row["setting"] in known]
+    return runs
 
 
 def collect(name: str, folder: Path) -> dict:
@@ -271,7 +239,10 @@ def collect(name: str, folder: Path) -> dict:
         facts = json.loads((folder / name / "data.json").read_text())
         with np.load(folder / name / "data.npz", allow_pickle=False) as arrays:
             facts["shape"] = list(arrays["images"].shape[1:3])
-    return {"facts": facts, "runs": [run for run in committed["runs"] if run["variant"] not in variants] + runs}
+    return {
+        "facts": facts,
+        "runs": [run for run in committed["runs"] if run["variant"] in {*VARIANTS} - variants] + runs,
+    }
 
 
 def fill(text: str, studies: list[Results]) -> str:

@@ -20,15 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from data_sets import DATA_SETS, DataSet
-from experiments import MAIN, NUM_SAMPLES, OPTIONS, SOLVED, STUDIES, Setting, Size, settings
+from experiments import MAIN, NUM_SAMPLES, STUDIES, VARIANTS, Setting, Size, Study, settings
 from models import begin_code_training, begin_training, build_pipeline, copying, draw, sample_labels
 from referee import Referee
 from training import Training, train_together
 
 from diffusers_dod import DoDPipeline
-
-
-VARIANTS = MAIN | OPTIONS | SOLVED
 
 
 def load_data(name: str, source: Path | None, folder: Path) -> DataSet:
@@ -61,7 +58,20 @@ def cpu_seconds(training: Training, repeats: int) -> float:
     return float(np.median(times[3:]))
 
 
-def prepare(name: str, source: Path | None, folder: Path, size: Size, repeats: int) -> tuple[DataSet, dict]:
+def step_seconds(data: DataSet, study: Study, size: Size, repeats: int) -> dict[str, dict[str, float]]:
+    """CPU time per step of each main model and of its code model."""
+    small, seconds = data._replace(images=data.images[:512], labels=data.labels[:512]), {}
+    for name in MAIN:
+        variant = study.variant(name)
+        training = begin_training(data, variant, size, steps=1000, seed=0)
+        seconds[name] = {"step": cpu_seconds(training, repeats)}
+        if variant.code_size is not None:
+            training.images, training.labels = small.images, small.labels
+            seconds[name]["code_step"] = cpu_seconds(begin_code_training(training, variant, seed=0), repeats)
+    return seconds
+
+
+def prepare(name: str, source: Path | None, folder: Path, size: Size, repeats: int) -> None:
     """Data, and what is written once: the referee, and the times per step on a CPU, by which training times are equal."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,40 +80,30 @@ def prepare(name: str, source: Path | None, folder: Path, size: Size, repeats: i
         referee = Referee(data)
         torch.save(referee.state(), folder / "referee.pt")
         rows = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:NUM_SAMPLES]
-        seconds = {}
-        for variant_name, variant in MAIN.items():
-            training = begin_training(data, variant, size, steps=1000, seed=0)
-            seconds[variant_name] = {"step": cpu_seconds(training, repeats)}
-            if variant.code_size is not None:
-                small = data._replace(images=data.images[:512], labels=data.labels[:512])
-                training.images, training.labels = small.images, small.labels
-                code_training = begin_code_training(training, variant, seed=0)
-                seconds[variant_name]["code_step"] = cpu_seconds(code_training, repeats)
         facts = {
             "images": len(data.images),
             "held_out": len(data.held_out_images),
             "classes": len(data.class_names),
             "referee_accuracy": referee.accuracy,
             "real": referee.measure(data.held_out_images[rows], data.held_out_labels[rows]),
-            "cpu_seconds": seconds,
+            "cpu_seconds": step_seconds(data, STUDIES[name], size, repeats),
             "size": asdict(size),
             "timed_on": f"{platform.machine()}, one thread, torch {torch.__version__}",
         }
         (folder / "data.json").write_text(json.dumps(facts, indent=1))
-    return data, json.loads((folder / "data.json").read_text())
 
 
-def training_seconds(name: str, steps: int, facts: dict) -> float:
+def training_seconds(name: str, study: Study, facts: dict) -> float:
     """CPU seconds of a whole training, its code model included."""
     seconds = facts["cpu_seconds"][name]
-    return steps * seconds["step"] + seconds.get("code_step", 0.0) * VARIANTS[name].code_steps
+    return study.steps * seconds["step"] + study.code_steps * seconds.get("code_step", 0.0)
 
 
-def steps_of(name: str, steps: int, facts: dict) -> int:
+def steps_of(name: str, study: Study, facts: dict) -> int:
     """The class-only rival trains at least as long as any of the others."""
     if VARIANTS[name].recipe.prior_drop < 1:
-        return steps
-    longest = max(training_seconds(other, steps, facts) for other in MAIN)
+        return study.steps
+    longest = max(training_seconds(other, study, facts) for other in MAIN)
     return round(longest / facts["cpu_seconds"]["class-only"]["step"])
 
 
@@ -116,7 +116,7 @@ def measure(
 
 def finish_runs(
     runs: list[tuple[str, int]],
-    steps: int,
+    study: Study,
     size: Size,
     num_samples: int,
     data: DataSet,
@@ -126,10 +126,14 @@ def finish_runs(
     """Trains the runs together, then measures each and adds it to the folder's records."""
     facts = json.loads((folder / "data.json").read_text())
     start = time.monotonic()
-    trainings = [begin_training(data, VARIANTS[name], size, steps_of(name, steps, facts), seed) for name, seed in runs]
+    variants, seeds = [study.variant(name) for name, _ in runs], [seed for _, seed in runs]
+    trainings = [
+        begin_training(data, variant, size, steps_of(name, study, facts), seed)
+        for (name, seed), variant in zip(runs, variants)
+    ]
     train_together(trainings)
-    with_codes = [i for i, (name, _) in enumerate(runs) if VARIANTS[name].code_size is not None]
-    code_trainings = {i: begin_code_training(trainings[i], VARIANTS[runs[i][0]], runs[i][1]) for i in with_codes}
+    with_codes = [i for i, variant in enumerate(variants) if variant.code_size is not None]
+    code_trainings = {i: begin_code_training(trainings[i], variants[i], seeds[i]) for i in with_codes}
     if code_trainings:
         train_together(list(code_trainings.values()))
     print(f"{folder.name}: {len(runs)} runs trained in {time.monotonic() - start:.0f} s", flush=True)
@@ -137,7 +141,7 @@ def finish_runs(
     for i, (name, seed) in enumerate(runs):
         pipeline = build_pipeline(data, trainings[i], code_trainings.get(i))
         rows = []
-        for setting in settings(name, VARIANTS[name]):
+        for setting in settings(name, variants[i]):
             row, images = measure(pipeline, setting, labels, data, referee, seed)
             rows.append(row)
             if setting.source == "codes" and "copying" not in rows[0]:
@@ -158,13 +162,13 @@ def finish_runs(
 
 
 def run_group(
-    runs: list[tuple[str, int]], steps: int, size: Size, num_samples: int, data_name: str, folder: Path, device: str
+    runs: list[tuple[str, int]], study: Study, size: Size, num_samples: int, folder: Path, device: str
 ) -> None:
     torch.set_num_threads(1)
-    data = load_data(data_name, None, folder)
+    data = load_data(study.data, None, folder)
     data = DataSet(*(value.to(device) if torch.is_tensor(value) else value for value in data))
     referee = Referee.load(torch.load(folder / "referee.pt", weights_only=True), data)
-    finish_runs(runs, steps, size, num_samples, data, referee, folder)
+    finish_runs(runs, study, size, num_samples, data, referee, folder)
 
 
 def main() -> None:
@@ -190,7 +194,8 @@ def main() -> None:
         done = {file.stem for file in (folder / "runs").glob("*.json")}
         runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
         runs = [(v, seed) for v, seed in runs if f"{v}-{seed}".replace(" ", "_") not in done]
-        shared = (args.steps or study.steps, size, args.num_samples, study.data, folder, args.device)
+        study = study._replace(steps=args.steps or study.steps)
+        shared = (study, size, args.num_samples, folder, args.device)
         if args.device != "cpu":
             run_group(runs, *shared)
             continue

@@ -189,7 +189,7 @@ def resolve_index(index: dict[str, Any], pipeline_classes: list[str], package: s
         elif library not in ("diffusers", "transformers") and library not in sys.modules:
             # Importing a module because a repository names it would run it.
             raise ValueError(
-                f"{source} takes its `{component}` from the module {library!r}, which is not diffusers'. Nothing of it "
+                f"{source} takes its `{component}` from the module {library!r}, which is not diffusers'. None of its code "
                 f"was run. If it is yours, import {library} first; if it is code in the repository and you trust it, "
                 "load with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`."
             )

@@ -307,7 +307,7 @@ def test_licence_comes_from_the_argument_or_the_card(folder):
 def test_card_says_what_the_folder_holds_and_nothing_else(folder):
     card = ModelCard(build_card(folder, "user/model", "mit"))
     assert card.data.eval_results is None and card.data.datasets is None and "base_model" not in card.data.to_dict()
-    assert "No evaluation is" in card.text.replace("\n", " ")
+    assert "No evaluation of this model is reported" in card.text.replace("\n", " ")
     assert "## Training" not in card.text and "stages.png" not in card.text
     (folder / "training_config.json").write_text(json.dumps({"dataset_name": "mnist", "ema_decay": 0.9}))
     card = ModelCard(build_card(folder, "user/model", "mit", base_model="facebook/DiT-XL-2-256", has_picture=True))

@@ -7,7 +7,7 @@ import data_sets
 import pytest
 import report
 import torch
-from experiments import CLASS_ONLY, DOD, MAIN, NARROW, OPTIONS, SOLVED, STUDIES, WIDE, Setting, Size, settings
+from experiments import CLASS_ONLY, DOD, MAIN, NARROW, STUDIES, VARIANTS, WIDE, Setting, Size, settings
 from models import (
     QuantisedEmbedder,
     begin_code_training,
@@ -20,6 +20,7 @@ from models import (
     sample_labels,
 )
 from referee import Referee
+from run_study import steps_of
 from training import Training, train_together
 
 from diffusers_dod.training import dod_loss
@@ -112,7 +113,7 @@ def test_every_setting_of_every_model_draws(data, coded):
         short = replace(setting, steps=tuple(2 for _ in setting.steps))
         images = draw(pipeline, short, labels, data, seed=0)
         assert images.shape == (6, 1, 28, 28) and images.isfinite().all() and images.abs().max() <= 1
-        drawn.add((short.source, short.guidance, short.code_guidance, len(short.steps)))
+        drawn.add((short.source, short.guidance, short.solver, len(short.steps)))
     assert len(drawn) > 5
     found = copying(pipeline, labels, images, data, seed=0)
     assert set(found) == {"code", "code_held_out", "image", "image_held_out"} and min(found.values()) > 0
@@ -144,10 +145,23 @@ def test_quantised_codes_have_their_levels_and_a_gradient():
 def test_evaluations_count_guided_steps_and_the_code_model():
     assert Setting("stage", (12, 12), (1.5, 1.0)).evaluations == 30
     assert Setting("codes", (12,), (1.0,)).evaluations == 12
-    assert str(Setting("codes", (12,), (1.5,), 1.5)) == "codes, 12 steps, guidance 1.5, codes guided 1.5"
-    for name, variant in (MAIN | OPTIONS | SOLVED).items():
+    assert (
+        str(Setting("codes", (12,), (1.5,), 0.3, "Euler")) == "codes, 12 steps, guidance 1.5, noise level 0.3, Euler"
+    )
+    results = report.Results("digits")
+    assert results.evaluations("class-only", Setting("stage", (24,), (1.0,))) == 24
+    assert 12 < results.evaluations("narrow codes", Setting("codes", (12,), (1.0,))) < 14
+    for name, variant in VARIANTS.items():
         names = [str(setting) for setting in settings(name, variant)]
         assert len(names) == len(set(names)) and names
+
+
+def test_the_rival_trains_as_long_as_the_slowest_model_with_its_code_model():
+    facts = {"cpu_seconds": {"class-only": {"step": 1.0}, "DoD": {"step": 1.5}}}
+    facts["cpu_seconds"] |= {name: {"step": 2.0, "code_step": 3.0} for name in ("narrow codes", "wide codes")}
+    for name, study in STUDIES.items():
+        assert steps_of("class-only", study, facts) == 2 * study.steps + 3 * study.variant("wide codes").code_steps
+        assert steps_of("wide codes", study, facts) == study.steps, name
 
 
 def test_labels_are_as_often_as_in_the_data(data):
