@@ -140,7 +140,6 @@ def settings(name: str, variant: Variant) -> list[Setting]:
     if variant.code_size is None:
         pairs = [(1.0, 1.0), (1.5, 1.0), (1.5, 1.25), (1.5, 1.5), (2.0, 1.25), (2.0, 2.0), (3.0, 2.0), (3.0, 3.0)]
         found = [Setting("stage", (12, 12), pair) for pair in pairs]
-        found += [Setting("stage", (24,), (scale,)) for scale in (1.0, 1.5, 2.0)]
         return [replace(found[0], solver="Euler"), *found, Setting("real", (20,), (1.0,))]
     if name in OPTIONS:
         tried = (("codes", 1.0), ("codes", 1.5), ("real", 1.0))
