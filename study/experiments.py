@@ -59,7 +59,7 @@ NARROW = Variant(Recipe(steps=0, prior_drop=0.25, code_noise=(0.0, 1.0)), code_s
 WIDE = Variant(Recipe(steps=0, prior_drop=0.125, code_noise=(0.0, 1.0)), bottleneck=(4, 4), code_size=(192, 3))
 MAIN = {"class-only": CLASS_ONLY, "DoD": DOD, "narrow codes": NARROW, "wide codes": WIDE}
 
-# Changes that were tried, on models whose codes get the same noise in every row
+# Changes that were tried; but for "noise level", on models whose codes get noise of one size
 FIXED_NARROW, FIXED_WIDE = (with_recipe(variant, code_noise=0.3) for variant in (NARROW, WIDE))
 OPTIONS = {
     "narrow, fixed noise": FIXED_NARROW,
