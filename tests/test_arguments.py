@@ -191,7 +191,7 @@ CALL = {
     "prior_source": (None, "codes", "stage"),
     "codes": (None, torch.zeros(1, 16, 2), torch.rand(2, 16, 2)),
     "code_num_inference_steps": (1, 2),
-    "code_guidance_scale": (1.0, 2.0, 0),
+    "code_guidance_scale": (None, 1.0, 2.0, 0),
     "code_noise_level": (None,),
 }
 SMALL = {"class_labels": 1, "num_inference_steps": 1, "code_num_inference_steps": 1, "output_type": "pt"}
@@ -358,6 +358,7 @@ COMPONENTS = {
     "code_scheduler": (None, PIPE.code_scheduler),
     "guider": (None, diffusers.ClassifierFreeGuidance()),
     "weak_transformer": (None, PIPE.transformer),
+    "code_guidance_scale": (1.0, 1.5),
 }
 
 

@@ -16,6 +16,7 @@ LABELS = {1: "crane, bird", 3: "tench"}
 PIPELINES = {
     "autoencoder": lambda: tiny_pipeline(vae=tiny_vae("kl"), id2label=LABELS),
     "codes": lambda: tiny_coded_pipeline(id2label=LABELS),
+    "guided codes": lambda: tiny_coded_pipeline(code_guidance_scale=1.7),
     "noisy codes": lambda: tiny_coded_pipeline(latent_embedder=reading_embedder()),
     "weaker model": lambda: tiny_pipeline(weak_transformer=tiny_transformer(num_layers=1)),
     "own guider": lambda: tiny_pipeline(guider=ClassifierFreeZeroStarGuidance(guidance_scale=1.5)),
@@ -59,6 +60,8 @@ def noise(*shape):
         ("autoencoder", {"output_type": "latent"}),
         ("codes", {"code_num_inference_steps": 3, "code_guidance_scale": 2.0}),
         ("codes", {"prior_source": "stage"}),
+        ("guided codes", {}),
+        ("guided codes", {"code_guidance_scale": 1.0}),
         ("codes", {"codes": noise(1, 16, 2), "num_stages": 2}),
         ("noisy codes", {"code_noise_level": 0.5, "num_stages": 2}),
         ("weaker model", {}),

@@ -67,6 +67,18 @@ def test_codes_are_the_default_source_where_there_is_a_code_model_and_stages_fol
     assert sample(plain, num_stages=1).codes is None
 
 
+def test_a_pipelines_own_code_guidance_holds_where_a_call_names_none(tmp_path):
+    plain, guided = tiny_coded_pipeline(), tiny_coded_pipeline(code_guidance_scale=1.7)
+    expected = sample(plain, code_guidance_scale=1.7)
+    assert (expected.codes - sample(plain).codes).abs().max() > 1e-4
+    guided.save_pretrained(tmp_path)
+    for pipe in (guided, DoDPipeline.from_pretrained(tmp_path), DoDPipeline.from_pipe(guided)):
+        assert torch.equal(sample(pipe).codes, expected.codes)
+        assert torch.equal(sample(pipe, code_guidance_scale=1.0).codes, sample(plain).codes)
+    with pytest.raises(ValueError, match="`code_guidance_scale` is nan"):
+        tiny_coded_pipeline(code_guidance_scale=float("nan"))
+
+
 def test_given_codes_are_those_of_a_picture_and_of_an_output():
     pipe = tiny_coded_pipeline()
     output = sample(pipe)

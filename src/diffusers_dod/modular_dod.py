@@ -101,6 +101,9 @@ GUIDANCE = [
 ]
 
 
+CODE_GUIDANCE = ConfigSpec("code_guidance_scale", 1.0, "Class guidance of the code model by default.")
+
+
 class Preparation(ClassLabelsMixin, PriorInputsMixin):
     """What [`DoDPipeline`] makes of its arguments, for the components of a modular pipeline.
 
@@ -136,7 +139,7 @@ class DoDInputStep(ModularPipelineBlocks):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        return [ConfigSpec("id2label", None, "Class id to name.")]
+        return [ConfigSpec("id2label", None, "Class id to name."), CODE_GUIDANCE]
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -222,6 +225,10 @@ class DoDPriorStep(ModularPipelineBlocks):
         return [*MODELS, VAE, *CODE_MODEL, *GUIDANCE]
 
     @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return [CODE_GUIDANCE]
+
+    @property
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("class_ids", torch.Tensor, required=True),
@@ -231,7 +238,7 @@ class DoDPriorStep(ModularPipelineBlocks):
             InputParam("prior_source", str, required=True),
             InputParam("image", PriorImage),
             InputParam("code_num_inference_steps", int, 30, description="Steps of the code model."),
-            InputParam("code_guidance_scale", float, 1.0, description="Class guidance of the code model."),
+            InputParam("code_guidance_scale", float, description="Class guidance of the code model."),
             GENERATOR,
             CODES,
         ]
@@ -263,7 +270,10 @@ class DoDPriorStep(ModularPipelineBlocks):
         grid = components.latent_embedder.code_grid(*prepared._latent_shape(block.height, block.width)[1:])
         shape = (len(block.class_ids), model.config.in_channels, *grid)
         noise = randn_tensor(shape, generator=block.generator, device=block.class_ids.device, dtype=model.dtype)
-        guidance = ScaleGuidance(model, "class", lambda: (block.code_guidance_scale, None), (0.0, 1.0))
+        scale = block.code_guidance_scale
+        if scale is None:
+            scale = components.config.code_guidance_scale
+        guidance = ScaleGuidance(model, "class", lambda: (scale, None), (0.0, 1.0))
         run = Denoising(scheduler, noise, block.code_num_inference_steps, block.generator)
         codes = run.latents
         for index in range(len(run.timesteps)):

@@ -105,6 +105,7 @@ def modular_files(index: dict[str, Any], source: str | None, revision: str | Non
         "_blocks_class_name": "DoDStages",
         "_diffusers_version": diffusers.__version__,
         "id2label": index.get("id2label"),
+        "code_guidance_scale": index.get("code_guidance_scale", 1.0),
     }
     for component, entry in index.items():
         if isinstance(entry, list) and not component.startswith("_") and entry[0] is not None:
@@ -331,7 +332,7 @@ class DoDRepositoryMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, dtype: Any = None, torch_dtype: Any = None, **components: Any) -> Any:
-        """A pipeline with the components and labels of another, as diffusers' own pipelines have it.
+        """A pipeline with the components, labels and code guidance of another, as diffusers' own pipelines have it.
 
         Args:
             pipeline: any pipeline with a DoD pipeline's components.
@@ -346,8 +347,8 @@ class DoDRepositoryMixin:
         if unknown := sorted(set(components) - expected):
             raise ValueError(f"{cls.__name__} has no component {unknown[0]!r}; it has {', '.join(sorted(expected))}.")
         shared = {name: part for name, part in pipeline.components.items() if name in expected}
-        labels = {"id2label": pipeline.config.get("id2label")}
-        new = cls(**{**labels, **shared, **components})
+        own = {name: pipeline.config[name] for name in ("id2label", "code_guidance_scale") if name in pipeline.config}
+        new = cls(**{**own, **shared, **components})
         dtype = torch_dtype if dtype is None else dtype
         return new if dtype is None else new.to(dtype=dtype)  # type: ignore[attr-defined]
 

@@ -147,6 +147,7 @@ BROKEN_INDEXES = [
     {"id2label": {"cat": 0}},
     {"id2label": {"-1": "cat"}},
     {"id2label": {"10": "beyond"}},
+    {"code_guidance_scale": "much"},
 ]
 BROKEN_CONFIGS = [
     ("transformer", {"patch_size": 0}),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from training_runs import assert_equal_tensors, cache_digits, write_digits
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.training.__main__ import main as train_pipeline
 from diffusers_dod.training.codes import nearest_distance
 from diffusers_dod.training.train_codes import main
 
@@ -47,12 +48,14 @@ def code_weights(folder):
 
 def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tmp_path, capsys):
     options = ("--max_train_steps", 400, "--held_out", 0.25, "--ema_decay", 0.9, "--learning_rate", 3e-3)
+    options += ("--code_guidance_scale", 1.5)
     run = train(pipeline, digits, tmp_path / "run", *options)
     pipe = DoDPipeline.from_pretrained(run)
     # Stage and embedder are the pipeline's own.
     for name in ("transformer", "latent_embedder"):
         path = f"{name}/diffusion_pytorch_model.safetensors"
         assert_equal_tensors(load_file(run / path), load_file(pipeline / path))
+    assert pipe.config.code_guidance_scale == 1.5
     assert pipe.config.id2label["1"] == "one" and pipe.code_transformer.config.patch_size == 2
     assert isinstance(pipe.code_scheduler, UniPCMultistepScheduler) and pipe.code_scheduler.config.use_flow_sigmas
     # Standardised codes of the training images have the statistics of the config; generated ones come near.
@@ -65,6 +68,17 @@ def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tm
     assert report["count"] == 6 and report["generated"] > 0 and report["held_out"] > 0
     assert "Nearest training code, median of 6" in capsys.readouterr().out
     assert pipe([0], num_inference_steps=2).images
+
+
+def test_a_code_model_and_its_guidance_stay_where_the_embedder_does(digits, pipeline, tmp_path):
+    coded = train(pipeline, digits, tmp_path / "coded", "--max_train_steps", 1, "--code_guidance_scale", 1.5)
+    start = ("--pretrained_model_name_or_path", coded, "--train_data_dir", digits, "--max_train_steps", 1)
+    for parts, options in {"lora": ("--lora_rank", 1), "embedder": ()}.items():
+        argv = [*start, "--train", parts, *options, *OPTIONS[2:], "--output_dir", tmp_path / parts]
+        assert train_pipeline([str(argument) for argument in argv]) == 0
+        pipe = DoDPipeline.from_pretrained(tmp_path / parts)
+        assert (pipe.code_transformer is not None) == (parts == "lora")
+        assert pipe.config.code_guidance_scale == (1.5 if parts == "lora" else 1.0)
 
 
 def test_a_killed_run_resumes_bit_equal_and_the_same_command_is_finished(digits, pipeline, tmp_path, capsys):

@@ -227,6 +227,7 @@ def build_card(
         embedder_millions=f"{_count_parameters(folder / 'latent_embedder') / 1e6:.1f}",
         bottleneck_dim=embedder["bottleneck_dim"],
         code_millions=f"{codes / 1e6:.2f}" if (codes := _count_parameters(folder / "code_transformer")) else None,
+        code_guidance_scale=index.get("code_guidance_scale", 1.0),
         training=_cells(training_table(training)),
         evaluation=_cells({key: value for key, value in evaluation.items() if key != "results"}),
         results=[_cells(result) for result in evaluation.get("results", [])],

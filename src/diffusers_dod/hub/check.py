@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from ..arguments import check_numbers
 from ..cli import first_line
 from ..compatibility import check_code_model, check_components, check_scheduler, check_weak_model
 from ..guidance import check_guider
@@ -266,8 +267,13 @@ def _check_pipeline(folder: Path, files: dict[str, Path]) -> list[str]:
                 check_scheduler(type(scheduler), scheduler.config, loaded["code_transformer"].config)
         except (ValueError, AttributeError) as error:
             problems.append(f"configs: {error}")
+    index = read_object(folder / INDEX_NAME)
+    try:
+        check_numbers(code_guidance_scale=index.get("code_guidance_scale", 1.0))
+    except ValueError as error:
+        problems.append(f"{INDEX_NAME}: {error}")
     if isinstance(loaded.get("transformer"), DoDTransformer2DModel):
-        labels = read_object(folder / INDEX_NAME).get("id2label")
+        labels = index.get("id2label")
         problems += _check_labels(labels, loaded["transformer"].config.num_classes)
     return problems
 

@@ -249,10 +249,11 @@ def build_pipeline(
         saved.transformer.register_to_config(sample_size=derived["sample_size"], prediction_type=args.prediction_type)
         saved.latent_embedder.register_to_config(sample_size=derived["sample_size"])
         # A code model is that of one embedder: it stays if the embedder does.
-        code_model = (
-            () if args.train == ["all"] or "embedder" in args.train else (saved.code_transformer, saved.code_scheduler)
-        )
-        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label, *code_model)
+        code_model = {}
+        if args.train != ["all"] and "embedder" not in args.train:
+            code_model = {"code_transformer": saved.code_transformer, "code_scheduler": saved.code_scheduler}
+            code_model["code_guidance_scale"] = saved.config.code_guidance_scale
+        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label, **code_model)
     config.setdefault("num_classes", num_classes)
     own = {**derived, "prediction_type": args.prediction_type}
     transformer = build_model(DoDTransformer2DModel, config, own, "--transformer_config")
@@ -318,7 +319,7 @@ def export_pipeline(
             copy.fuse_lora()
             copy.unload_lora()
         copies[name] = copy.eval()
-    plain = DoDPipeline(**{**pipeline.components, **copies}, id2label=pipeline.config.id2label)
+    plain = DoDPipeline.from_pipe(pipeline, **copies)
     plain.set_progress_bar_config(disable=True)
     return plain
 

@@ -155,11 +155,12 @@ class CodeTraining:
             )
         # With FiTv2's 0.02, made for a million steps, a few thousand do not learn the classes.
         torch.nn.init.normal_(model.class_embed.weight, std=1.0)
-        components = pipeline.components | {
-            "code_transformer": model,
-            "code_scheduler": make_scheduler("flow"),
-        }
-        whole = DoDPipeline(**components, id2label=pipeline.config.id2label)
+        whole = DoDPipeline.from_pipe(
+            pipeline,
+            code_transformer=model,
+            code_scheduler=make_scheduler("flow"),
+            code_guidance_scale=args.code_guidance_scale,
+        )
         rows = EncodedCodes(self.kept, labels[kept])
         return Subject(
             whole,

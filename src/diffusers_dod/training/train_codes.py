@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 
-from ..cli import Parser, json_object, run
+from ..cli import Parser, json_object, number, run
 from ..presets import PRESETS
 from .options import (
     FRACTION,
@@ -61,6 +61,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("model").add_argument
     add("--code_preset", choices=list(PRESETS), help="size; default: the preset with the nearest transformer")
     add("--code_config", type=json_object, action=Merge, help="constructor arguments, JSON or a JSON file")
+    guidance = "class guidance that calls of the pipeline apply by default; saved in its config"
+    add("--code_guidance_scale", type=number(float, float("-inf")), default=1.0, help=guidance)
     add("--compile", action=SWITCH, default=False, help="compile the blocks")
     add = parser.add_argument_group("objective").add_argument
     add("--class_drop", type=FRACTION, default=0.1, help="share of rows without a class, for guidance")
