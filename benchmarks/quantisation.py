@@ -87,7 +87,8 @@ def load(folder: str | Path, config: Callable | None = None) -> DoDPipeline:
 def draw(pipe: DoDPipeline, labels: list[int], batch_size: int = 100) -> torch.Tensor:
     """Images in [0, 1], `(labels, 1, 28, 28)`, the same noise for every pipeline."""
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 12, "guidance_scale": 1.0, "generator": generator, "output_type": "pt"}
+    options = {"num_inference_steps": 12, "guidance_scale": 1.0, "code_guidance_scale": 1.0}
+    options |= {"generator": generator, "output_type": "pt"}
     return torch.cat([pipe(labels[i : i + batch_size], **options).images for i in range(0, len(labels), batch_size)])
 
 

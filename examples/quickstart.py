@@ -179,6 +179,7 @@ def main():
         id2label={digit: str(digit) for digit in range(10)},
         code_transformer=code_transformer,
         code_scheduler=copy.deepcopy(scheduler),
+        code_guidance_scale=1.2,
     ).save_pretrained(pipeline_dir)
     pipe = DoDPipeline.from_pretrained(pipeline_dir)
     pipe.set_progress_bar_config(disable=True)

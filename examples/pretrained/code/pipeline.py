@@ -1480,6 +1480,7 @@ def modular_files(index: dict[str, Any], source: str | None, revision: str | Non
         "_blocks_class_name": "DoDStages",
         "_diffusers_version": diffusers.__version__,
         "id2label": index.get("id2label"),
+        "code_guidance_scale": index.get("code_guidance_scale", 1.0),
     }
     for component, entry in index.items():
         if isinstance(entry, list) and not component.startswith("_") and entry[0] is not None:
@@ -1706,7 +1707,7 @@ class DoDRepositoryMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, dtype: Any = None, torch_dtype: Any = None, **components: Any) -> Any:
-        """A pipeline with the components and labels of another, as diffusers' own pipelines have it.
+        """A pipeline with the components, labels and code guidance of another, as diffusers' own pipelines have it.
 
         Args:
             pipeline: any pipeline with a DoD pipeline's components.
@@ -1721,8 +1722,8 @@ class DoDRepositoryMixin:
         if unknown := sorted(set(components) - expected):
             raise ValueError(f"{cls.__name__} has no component {unknown[0]!r}; it has {', '.join(sorted(expected))}.")
         shared = {name: part for name, part in pipeline.components.items() if name in expected}
-        labels = {"id2label": pipeline.config.get("id2label")}
-        new = cls(**{**labels, **shared, **components})
+        own = {name: pipeline.config[name] for name in ("id2label", "code_guidance_scale") if name in pipeline.config}
+        new = cls(**{**own, **shared, **components})
         dtype = torch_dtype if dtype is None else dtype
         return new if dtype is None else new.to(dtype=dtype)  # type: ignore[attr-defined]
 
@@ -1829,6 +1830,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         weak_transformer ([`DoDTransformer2DModel`], *optional*):
             A weaker model of the same classes and latents, which makes the second branch of guidance: autoguidance (Karras
             et al. 2024, arXiv 2406.02507). An early checkpoint of `transformer`, say.
+        code_guidance_scale (`float`, defaults to 1.0):
+            Class guidance of the code model in calls that do not name any, saved in the pipeline's config.
     """
 
     model_cpu_offload_seq = "code_transformer->latent_embedder->transformer->vae"
@@ -1854,6 +1857,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         code_scheduler: SchedulerMixin | None = None,
         guider: BaseGuidance | None = None,
         weak_transformer: ModelMixin | None = None,
+        code_guidance_scale: float = 1.0,
     ):
         super().__init__()
         components = {
@@ -1869,7 +1873,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_kinds(components)
         self.register_modules(**components)
         id2label = text_labels(id2label)
-        self.register_to_config(id2label=id2label)
+        check_numbers(code_guidance_scale=code_guidance_scale)
+        self.register_to_config(id2label=id2label, code_guidance_scale=code_guidance_scale)
 
         self.labels = synonyms(id2label or {})
         if transformer is None or latent_embedder is None:
@@ -2119,7 +2124,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         prior_source: str | None = None,
         codes: torch.Tensor | None = None,
         code_num_inference_steps: int = 30,
-        code_guidance_scale: float = 1.0,
+        code_guidance_scale: float | None = None,
         code_noise_level: float | None = None,
     ) -> DoDPipelineOutput | tuple:
         r"""Generates images of the given classes.
@@ -2172,7 +2177,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 Your own codes, as `.codes` of an output or `latent_embedder.encode` has them, `(images, rows * columns,
                 bottleneck_dim)`; also one set for all images or one per label.
             code_num_inference_steps (`int`, defaults to 30): Steps of the code model.
-            code_guidance_scale (`float`, defaults to 1.0): Class guidance of the code model, in every step.
+            code_guidance_scale (`float`, *optional*):
+                Class guidance of the code model, in every step; by default the pipeline's own.
             code_noise_level (`float`, *optional*):
                 Noise on the codes that a stage sees, in [0, 1] of their size; 0.3 by default. Only for an embedder with
                 `noise_level_input`, which is told the level. The codes that are returned are without it.
@@ -2209,6 +2215,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             guidance_interval,
         )
         guidance_interval = DEFAULT_INTERVAL if guidance_interval is None else guidance_interval
+        if code_guidance_scale is None:
+            code_guidance_scale = self.config.code_guidance_scale
         check_switches(return_dict=return_dict, return_stages=return_stages)
         on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
