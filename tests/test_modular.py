@@ -128,6 +128,8 @@ def test_a_folder_is_refused_without_trust_and_whole_when_saved_again(folders, t
     again.load_components()
     assert torch.equal(draw(again, ["bird", 3]), expected)
     assert again.code_transformer is not None and again.config.id2label == pipe.config.id2label
+    guided = ModularPipeline.from_pretrained(str(folders["guided codes"]), trust_remote_code=True)
+    assert guided.config.code_guidance_scale == 1.7
 
 
 def test_a_pipeline_of_other_blocks(folders):
