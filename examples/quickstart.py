@@ -136,8 +136,7 @@ def save_picture(pipe: DoDPipeline, path: Path, seed: int) -> None:
     images = pipe(
         [*range(10)] * 10, num_inference_steps=SAMPLING_STEPS, generator=torch.Generator().manual_seed(seed)
     ).images
-    rows = [images[start : start + 10] for start in range(0, 100, 10)]
-    stage_grid(rows, scale=2).save(path)
+    stage_grid([images], [str(digit) for digit in range(10)], scale=2, row_names=["samples"]).save(path)
 
 
 def main():
