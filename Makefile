@@ -28,7 +28,7 @@ bench: $(VENV)/installed
 gpu-check: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/gpu_check.py
 
-# The study on digits with seed 0, and its distances beside the committed ones; under an hour on two cores.
+# The study on digits with seed 0, and its distances beside the committed ones; about 25 minutes on two cores.
 evidence: $(VENV)/installed
 	$(VENV)/bin/python study/run_study.py digits --seeds 0 --output_dir outputs/study
 	$(VENV)/bin/python study/report.py digits --output_dir outputs/study --compare

@@ -11,7 +11,7 @@ from diffusers_dod.viz import code_maps, stage_grid
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"digits": list("0123456789"), "letters": list("ABCDEFGHIJ"), "emoji": None}
-SEED, SAMPLES, CODE_GUIDANCE = 0, 3, 3.0
+SEED, SAMPLES, CODE_GUIDANCE = 0, 2, 3.0
 
 
 def draw_model(folder: Path, labels: list[str] | None) -> Image.Image:
