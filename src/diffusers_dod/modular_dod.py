@@ -101,9 +101,6 @@ GUIDANCE = [
 ]
 
 
-CODE_GUIDANCE = ConfigSpec("code_guidance_scale", 1.0, "Class guidance of the code model by default.")
-
-
 class Preparation(ClassLabelsMixin, PriorInputsMixin):
     """What [`DoDPipeline`] makes of its arguments, for the components of a modular pipeline.
 
@@ -139,7 +136,7 @@ class DoDInputStep(ModularPipelineBlocks):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        return [ConfigSpec("id2label", None, "Class id to name."), CODE_GUIDANCE]
+        return [ConfigSpec("id2label", None, "Class id to name.")]
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -226,7 +223,7 @@ class DoDPriorStep(ModularPipelineBlocks):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        return [CODE_GUIDANCE]
+        return [ConfigSpec("code_guidance_scale", 1.0, "Class guidance of the code model by default.")]
 
     @property
     def inputs(self) -> list[InputParam]:

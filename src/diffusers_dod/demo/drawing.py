@@ -126,11 +126,9 @@ class Finished:
 
 def private_pipeline(pipe: DoDPipeline) -> DoDPipeline:
     """A pipeline that shares the weights and nothing else: schedulers and the interrupt flag change while it draws."""
-    own = dict(pipe.components)
-    for name in ("scheduler", "code_scheduler"):
-        if own[name] is not None:
-            own[name] = type(own[name]).from_config(own[name].config)
-    private = DoDPipeline(**own, id2label=pipe.config.id2label)
+    schedulers = {"scheduler": pipe.scheduler, "code_scheduler": pipe.code_scheduler}
+    copies = {name: type(part).from_config(part.config) for name, part in schedulers.items() if part is not None}
+    private = DoDPipeline.from_pipe(pipe, **copies)
     private.set_progress_bar_config(disable=True)
     return private
 
