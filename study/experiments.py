@@ -57,7 +57,7 @@ CLASS_ONLY = Variant(Recipe(steps=0))
 DOD = Variant(Recipe(steps=0, prior_drop=0.5, code_noise=0.3))
 NARROW = Variant(Recipe(steps=0, prior_drop=0.25, code_noise=(0.0, 1.0)), code_size=(96, 3))
 WIDE = Variant(Recipe(steps=0, prior_drop=0.125, code_noise=(0.0, 1.0)), bottleneck=(4, 4), code_size=(192, 3))
-MAIN = {"class-only": CLASS_ONLY, "DoD": DOD, "narrow codes": NARROW, "wide codes": WIDE}
+MAIN = {"class-only": CLASS_ONLY, "two stages": DOD, "narrow codes": NARROW, "wide codes": WIDE}
 
 # Changes that were tried; but for "noise level", on models whose codes get noise of one size
 FIXED_NARROW, FIXED_WIDE = (with_recipe(variant, code_noise=0.3) for variant in (NARROW, WIDE))

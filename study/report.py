@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 CODE_STEPS = 30
 MOST = 36  # evaluations that a setting may take
-STAGES = {"class-only": (24,), "DoD": (12, 12), "narrow codes": (20,), "wide codes": (20,)}  # in the plot
+STAGES = {"class-only": (24,), "two stages": (12, 12), "narrow codes": (20,), "wide codes": (20,)}  # in the plot
 
 
 class Results:

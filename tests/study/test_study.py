@@ -157,7 +157,7 @@ def test_evaluations_count_guided_steps_and_the_code_model():
 
 
 def test_the_rival_trains_as_long_as_the_slowest_model_with_its_code_model():
-    facts = {"cpu_seconds": {"class-only": {"step": 1.0}, "DoD": {"step": 1.5}}}
+    facts = {"cpu_seconds": {"class-only": {"step": 1.0}, "two stages": {"step": 1.5}}}
     facts["cpu_seconds"] |= {name: {"step": 2.0, "code_step": 3.0} for name in ("narrow codes", "wide codes")}
     for name, study in STUDIES.items():
         assert steps_of("class-only", study, facts) == 2 * study.steps + 3 * study.variant("wide codes").code_steps
