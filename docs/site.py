@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the README is the site's first page, and links out of `docs/` lead to the repository."""
+"""A hook of mkdocs: the README is the first page, links out of `docs/` lead to the repository, docstrings are linked."""
 
 import re
 from pathlib import Path
@@ -26,3 +26,25 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
     if config.repo_url:
         return markdown.replace("](../", f"]({config.repo_url}/blob/main/")
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)  # no address yet: the text alone
+
+
+def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """Renders diffusers' notation in docstrings: types as code, [`name`] as a link to what the page describes.
+
+    The default of a parameter has a column of its own.
+    """
+
+    def types(match: re.Match) -> str:
+        text = re.sub(r"(, \*optional\*)?(, defaults to .*)?$", "", match[1])
+        return re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
+
+    html = re.sub(r"<code>([^<`]*`[^<]*)</code>", types, html)
+    anchors = re.findall(r'id="(diffusers_dod\.[\w.]+)"', html)
+
+    def link(match: re.Match) -> str:
+        name = match[1].lstrip("~")
+        text = f"<code>{name.rpartition('.')[2] if '~' in match[1] else name}</code>"
+        found = [anchor for anchor in anchors if f".{anchor}".endswith(f".{name}")]
+        return f'<a href="#{found[0]}">{text}</a>' if found else text
+
+    return re.sub(r"\[<code>(~?[\w.]+)</code>\]", link, html)

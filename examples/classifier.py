@@ -14,7 +14,8 @@ class Classifier(nn.Module):
     """A small CNN. Its 64 penultimate activations are the feature space of the Fréchet distance.
 
     Args:
-        channels (`int`), size (`int`): of the images, `(number, channels, size, size)`.
+        channels (`int`): of the images, `(number, channels, size, size)`.
+        size (`int`): of the images.
         num_classes (`int`): number of classes.
         dropout (`float`): probability in training, before the last hidden layer.
     """
@@ -54,7 +55,8 @@ def fit(
     """Trains on shifted images and leaves the classifier in eval mode.
 
     Args:
-        images (`torch.Tensor`), labels (`torch.Tensor`): all images and their classes.
+        images (`torch.Tensor`): all images.
+        labels (`torch.Tensor`): their classes.
         batches (iterable of `torch.Tensor`): the rows of each step.
         learning_rates (iterable of `float`): the learning rate of each step.
     """

@@ -106,7 +106,8 @@ class Setting:
 
     Args:
         source (`str`): `"stage"`, `"codes"` or `"real"`, codes of real training images.
-        steps (`tuple` of `int`), guidance (`tuple` of `float`): one entry per stage.
+        steps (`tuple` of `int`): one entry per stage.
+        guidance (`tuple` of `float`): one entry per stage.
         noise_level (`float`, *optional*): noise on the codes, for an embedder that reads the level.
         solver (`str`): of stages and code model, `"Euler"` or `"UniPC"`.
     """

@@ -207,7 +207,7 @@ def summary_table(studies: list[Results]) -> str:
                 f"{statistics.mean(values[name].values()):.1f} in {results.evaluations(name, setting):.0f} evaluations"
             )
         rows.append([*row, ratios(values["wide codes"], values["class-only"])])
-    return table(["data", "class-only", "one stage from a code model", "ratio: of the means (each seed)"], rows)
+    return table(["data", "class-only", "one stage from a code model", "ratio of unrounded means (each seed)"], rows)
 
 
 TABLES = {

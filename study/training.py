@@ -17,7 +17,8 @@ class Recipe:
     """How a model is trained.
 
     Args:
-        steps (`int`), batch_size (`int`): of the training; a batch is drawn at random.
+        steps (`int`): training steps.
+        batch_size (`int`): images per step, drawn at random.
         learning_rate (`float`): at its highest; it rises for 3 % of the steps and falls to 0 along a cosine.
         logit_mean (`float`): noise levels are `sigmoid(logit_mean + normal)`.
         class_drop (`float`): share of rows without a class.
@@ -42,10 +43,12 @@ class Training:
     """One training run: `step()` takes the next step, `finish()` leaves the averaged weights in the models.
 
     Args:
-        transformer ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`], *optional*): what is trained.
+        transformer ([`DoDTransformer2DModel`]): trained.
+        embedder ([`DoDLatentEmbedder`], *optional*): trained with it.
         images (`torch.Tensor`): `(number, channels, size, size)`; normalised codes for a model of codes.
         labels (`torch.Tensor`): `(number,)`.
-        recipe (`Recipe`), seed (`int`): of the run.
+        recipe (`Recipe`): recipe of the run.
+        seed (`int`): seed of the run.
     """
 
     # The average's memory is a tenth of the steps so far (EDM2's power function).

@@ -84,7 +84,8 @@ def encode_images(
     """Encodes images to normalized latents.
 
     Args:
-        vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
+        vae (`ModelMixin`, *optional*): as for [`encode_posterior`].
+        images (`torch.Tensor`): as for [`encode_posterior`].
         generator (`torch.Generator` or a `list` of them, *optional*): for the posterior's sample.
         sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
 

@@ -160,7 +160,8 @@ def scheduler_reads(scheduler: type, config: Mapping[str, Any], cure: str) -> st
     """What a scheduler takes for the model's output: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
 
     Args:
-        scheduler (`type`), config (mapping): its class and config.
+        scheduler (`type`): its class.
+        config (mapping): its config.
         cure (`str`): what the message says to use instead.
 
     Raises:
@@ -214,7 +215,8 @@ def scheduler_cure(scheduler: type, config: Mapping[str, Any], transformer: Any,
     """The expression that makes a scheduler for this transformer, of the same class if that can be.
 
     Args:
-        scheduler (`type`), config (mapping): of the scheduler that does not fit.
+        scheduler (`type`): class of the scheduler that does not fit.
+        config (mapping): its config.
         transformer: config of the [`DoDTransformer2DModel`].
         component (`str`, defaults to `"scheduler"`): its name in the pipeline.
     """
@@ -251,7 +253,8 @@ def check_scheduler(
     """Compares a scheduler with the transformer's prediction.
 
     Args:
-        scheduler (`type`), config (mapping): the scheduler's class and config.
+        scheduler (`type`): the scheduler's class.
+        config (mapping): its config.
         transformer: config of the [`DoDTransformer2DModel`].
         component (`str`, defaults to `"scheduler"`): the scheduler's name in the pipeline.
 

@@ -61,7 +61,8 @@ class StageGuidance(ABC):
         Args:
             model_input (`torch.Tensor`): noisy latents as the model takes them, `(batch, channels, height, width)`.
             timestep (`torch.Tensor`): a scalar.
-            step (`int`), num_steps (`int`): of this run, from 0.
+            step (`int`): step of this run, from 0.
+            num_steps (`int`): steps of this run.
             class_labels (`torch.Tensor`): `(batch,)`.
             prior_tokens (`torch.Tensor`, *optional*): `(batch, tokens, width of the model)`.
 

@@ -44,16 +44,17 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             Side of the embedder's own patch, and so the bottleneck's grid. One larger than `output_patch_size` makes the
             bottleneck coarser than the transformer's grid; the codes are then resized bilinearly.
         in_channels (`int`, defaults to 4): Channels of the latents.
-        num_encoder_layers (`int`, defaults to 4), num_decoder_layers (`int`, defaults to 4): Blocks on either side.
-        num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 24):
-            Heads and their channels (a multiple of 4); the product is the embedder's width.
+        num_encoder_layers (`int`, defaults to 4): Blocks before the bottleneck.
+        num_decoder_layers (`int`, defaults to 4): Blocks after the bottleneck.
+        num_attention_heads (`int`, defaults to 16): Attention heads.
+        attention_head_dim (`int`, defaults to 24): Channels per head, a multiple of 4. Heads times channels is the width.
         bottleneck_dim (`int`, defaults to 4): Channels of a code.
         output_dim (`int`, defaults to 1152): The transformer's width.
         output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
         mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        codes_mean (`list` of `float`, *optional*), codes_std (`list` of `float`, *optional*):
-            Mean and standard deviation of each channel of the codes of the training data, for a code model.
+        codes_mean (`list` of `float`, *optional*): Mean of each channel of the training data's codes, for a code model.
+        codes_std (`list` of `float`, *optional*): Standard deviation of each channel, likewise.
         noise_level_input (`bool`, defaults to `False`):
             The decoder reads how much noise is on the codes (conditioning augmentation, Ho et al. 2021, arXiv 2106.15282).
 
@@ -180,7 +181,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
 
         Args:
             codes (`torch.Tensor`): `(batch, height/patch * width/patch, bottleneck_dim)`, as `encode` returns them.
-            height (`int`), width (`int`): size of the latents that the tokens are for.
+            height (`int`): height of the latents that the tokens are for.
+            width (`int`): width of these latents.
             code_noise (`torch.Tensor`, *optional*):
                 Noise of the codes' shape, in multiples of the root mean square of each sample's codes: what the codes carry
                 cannot grow past it.
@@ -231,7 +233,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
 
         Args:
             codes (`torch.Tensor`): `(batch, rows * columns, bottleneck_dim)`.
-            height (`int`), width (`int`): size of their latents.
+            height (`int`): height of their latents.
+            width (`int`): width of their latents.
 
         Returns:
             `torch.Tensor`: `(batch, bottleneck_dim, rows, columns)`.
@@ -272,8 +275,9 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         Args:
             latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
             return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
-            code_noise (`torch.Tensor`, *optional*), noise_level (`float` or `torch.Tensor`, *optional*):
+            code_noise (`torch.Tensor`, *optional*):
                 Noise on the codes, see [`~DoDLatentEmbedder.decode`]. The returned codes are without it.
+            noise_level (`float` or `torch.Tensor`, *optional*): Scale of that noise.
 
         Returns:
             [`DoDLatentEmbedderOutput`] or `tuple`: prior tokens and codes.

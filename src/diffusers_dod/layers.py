@@ -50,7 +50,8 @@ def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -
 
     Args:
         tokens (`torch.Tensor`): shape `(batch, height/patch * width/patch, channels * patch**2)`.
-        height (`int`), width (`int`): size of the latents to return.
+        height (`int`): height of the latents to return.
+        width (`int`): width of the latents to return.
         patch_size (`int`): side of a patch.
 
     Returns:
@@ -109,7 +110,8 @@ def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, devic
     """Fixed sine-cosine positions of a grid: the first half of the channels encodes the column, the second the row.
 
     Args:
-        rows (`int`), columns (`int`): the grid of tokens.
+        rows (`int`): rows of the grid of tokens.
+        columns (`int`): its columns.
         dim (`int`): width of a token, a multiple of 4.
         base_size (`int`): tokens along a side that positions are counted in; any other grid is interpolated onto it.
         device (`torch.device`): where the table is made.
@@ -189,7 +191,8 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention over `(batch, tokens, heads * dim_head)`.
 
     Args:
-        heads (`int`), dim_head (`int`): their product is the width.
+        heads (`int`): attention heads.
+        dim_head (`int`): channels per head.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
             Norm of queries and keys over a head's channels, as for [`make_norm`], or `None`.
     """
@@ -226,7 +229,8 @@ class DoDTransformerBlock(nn.Module):
     low-rank one, which starts at zero; or, as in DiT, a full projection of this block's own.
 
     Args:
-        num_attention_heads (`int`), attention_head_dim (`int`): their product is the width.
+        num_attention_heads (`int`): attention heads.
+        attention_head_dim (`int`): channels per head.
         mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
         adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].

@@ -202,7 +202,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps so far planned, over all stages that started."""
+        """Denoising steps of all stages started so far."""
         return self._num_timesteps
 
     @property
@@ -423,8 +423,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1), by
                 default `(0.25, 0.75)`; `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Images per label.
-            height (`int`, *optional*), width (`int`, *optional*):
-                Size in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
+            height (`int`, *optional*):
+                Height in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
+            width (`int`, *optional*): Width in pixels, with the same default.
             generator (`torch.Generator` or a `list` of them, *optional*):
                 Source of all noise. With a list, one for each image, an image does not depend on its batch.
             latents (`torch.Tensor`, *optional*):

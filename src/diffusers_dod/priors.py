@@ -110,10 +110,12 @@ class PriorInputsMixin:
             image: one picture for all samples, one for each label or one for each sample: PIL, array or tensor in
                 [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
                 pictures have that shape too, one with negative values is.
-            batch_size (`int`), num_images_per_prompt (`int`): samples, and samples per label.
-            height (`int`), width (`int`):
-                of the samples; PIL pictures are cropped to that size, turned as their EXIF orientation says and laid on
+            batch_size (`int`): samples.
+            num_images_per_prompt (`int`): samples per label.
+            height (`int`):
+                of the samples; PIL pictures are cropped to their size, turned as their EXIF orientation says and laid on
                 white where they are transparent.
+            width (`int`): of the samples.
 
         Raises:
             ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch; for a PIL

@@ -25,7 +25,8 @@ def row_generators(
     """One generator a row, for `diffusers.utils.torch_utils.randn_tensor` and everything else that takes a list.
 
     Args:
-        seed (`int`), step (`int`): of the run.
+        seed (`int`): seed of the run.
+        step (`int`): step of the run.
         rows (iterable of `int`): positions in the global batch.
         device (`torch.device`): where the numbers are drawn; kinds of devices draw different ones.
     """

@@ -81,9 +81,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         adaln_rank (`int`, *optional*):
             Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        timestep_scale (`float`, defaults to 1.0), timestep_offset (`float`, defaults to 0.0):
+        timestep_scale (`float`, defaults to 1.0):
             The sinusoidal embedding reads `timestep_offset + timestep_scale * timestep`. A model whose time runs from
             noise (0) to data (1), such as SiT, has offset 1 and scale -0.001.
+        timestep_offset (`float`, defaults to 0.0): See `timestep_scale`.
         prediction_type (`str`, *optional*):
             What the output is: `"flow"` (`noise - sample`), `"epsilon"`, `"v_prediction"` or `"sample"`. It does not
             change the computation; [`DoDPipeline`] refuses a scheduler that reads the output as something else.
@@ -111,9 +112,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `(noisy - sample) / max(sigma, 0.05)`, so schedulers and losses stay the same. For `"flow"` models only.
         patch_bottleneck_dim (`int`, *optional*):
             Makes the patch embedding two linear layers with that many channels between them (JiT).
-        in_context_len (`int`, defaults to 0), in_context_start (`int`, defaults to 0):
-            Class tokens, copies of the class embedding plus a learned one each, that stand before the tokens of the latents
-            from block `in_context_start` on (JiT).
+        in_context_len (`int`, defaults to 0):
+            Number of class tokens: copies of the class embedding, each plus a learned one, before the tokens of the latents
+            (JiT).
+        in_context_start (`int`, defaults to 0): First block that sees the class tokens.
         noise_scale (`float`, defaults to 1.0):
             Standard deviation of the noise that the network takes (JiT has 2 at 512 pixels). `forward` still takes unit
             noise and returns its velocity, so schedulers and losses stay the same: the network sees the noisy latents

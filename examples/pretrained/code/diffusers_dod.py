@@ -268,7 +268,8 @@ def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -
 
     Args:
         tokens (`torch.Tensor`): shape `(batch, height/patch * width/patch, channels * patch**2)`.
-        height (`int`), width (`int`): size of the latents to return.
+        height (`int`): height of the latents to return.
+        width (`int`): width of the latents to return.
         patch_size (`int`): side of a patch.
 
     Returns:
@@ -327,7 +328,8 @@ def sincos_embedding_2d(rows: int, columns: int, dim: int, base_size: int, devic
     """Fixed sine-cosine positions of a grid: the first half of the channels encodes the column, the second the row.
 
     Args:
-        rows (`int`), columns (`int`): the grid of tokens.
+        rows (`int`): rows of the grid of tokens.
+        columns (`int`): its columns.
         dim (`int`): width of a token, a multiple of 4.
         base_size (`int`): tokens along a side that positions are counted in; any other grid is interpolated onto it.
         device (`torch.device`): where the table is made.
@@ -407,7 +409,8 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention over `(batch, tokens, heads * dim_head)`.
 
     Args:
-        heads (`int`), dim_head (`int`): their product is the width.
+        heads (`int`): attention heads.
+        dim_head (`int`): channels per head.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`):
             Norm of queries and keys over a head's channels, as for [`make_norm`], or `None`.
     """
@@ -444,7 +447,8 @@ class DoDTransformerBlock(nn.Module):
     low-rank one, which starts at zero; or, as in DiT, a full projection of this block's own.
 
     Args:
-        num_attention_heads (`int`), attention_head_dim (`int`): their product is the width.
+        num_attention_heads (`int`): attention heads.
+        attention_head_dim (`int`): channels per head.
         mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
         adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].
@@ -569,16 +573,17 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             Side of the embedder's own patch, and so the bottleneck's grid. One larger than `output_patch_size` makes the
             bottleneck coarser than the transformer's grid; the codes are then resized bilinearly.
         in_channels (`int`, defaults to 4): Channels of the latents.
-        num_encoder_layers (`int`, defaults to 4), num_decoder_layers (`int`, defaults to 4): Blocks on either side.
-        num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 24):
-            Heads and their channels (a multiple of 4); the product is the embedder's width.
+        num_encoder_layers (`int`, defaults to 4): Blocks before the bottleneck.
+        num_decoder_layers (`int`, defaults to 4): Blocks after the bottleneck.
+        num_attention_heads (`int`, defaults to 16): Attention heads.
+        attention_head_dim (`int`, defaults to 24): Channels per head, a multiple of 4. Heads times channels is the width.
         bottleneck_dim (`int`, defaults to 4): Channels of a code.
         output_dim (`int`, defaults to 1152): The transformer's width.
         output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
         mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        codes_mean (`list` of `float`, *optional*), codes_std (`list` of `float`, *optional*):
-            Mean and standard deviation of each channel of the codes of the training data, for a code model.
+        codes_mean (`list` of `float`, *optional*): Mean of each channel of the training data's codes, for a code model.
+        codes_std (`list` of `float`, *optional*): Standard deviation of each channel, likewise.
         noise_level_input (`bool`, defaults to `False`):
             The decoder reads how much noise is on the codes (conditioning augmentation, Ho et al. 2021, arXiv 2106.15282).
 
@@ -705,7 +710,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
 
         Args:
             codes (`torch.Tensor`): `(batch, height/patch * width/patch, bottleneck_dim)`, as `encode` returns them.
-            height (`int`), width (`int`): size of the latents that the tokens are for.
+            height (`int`): height of the latents that the tokens are for.
+            width (`int`): width of these latents.
             code_noise (`torch.Tensor`, *optional*):
                 Noise of the codes' shape, in multiples of the root mean square of each sample's codes: what the codes carry
                 cannot grow past it.
@@ -756,7 +762,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
 
         Args:
             codes (`torch.Tensor`): `(batch, rows * columns, bottleneck_dim)`.
-            height (`int`), width (`int`): size of their latents.
+            height (`int`): height of their latents.
+            width (`int`): width of their latents.
 
         Returns:
             `torch.Tensor`: `(batch, bottleneck_dim, rows, columns)`.
@@ -797,8 +804,9 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         Args:
             latents (`torch.Tensor`): noise-free latents, `(batch, in_channels, height, width)`.
             return_dict (`bool`, defaults to `True`): whether to return a [`DoDLatentEmbedderOutput`] or a tuple.
-            code_noise (`torch.Tensor`, *optional*), noise_level (`float` or `torch.Tensor`, *optional*):
+            code_noise (`torch.Tensor`, *optional*):
                 Noise on the codes, see [`~DoDLatentEmbedder.decode`]. The returned codes are without it.
+            noise_level (`float` or `torch.Tensor`, *optional*): Scale of that noise.
 
         Returns:
             [`DoDLatentEmbedderOutput`] or `tuple`: prior tokens and codes.
@@ -883,9 +891,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         adaln_rank (`int`, *optional*):
             Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        timestep_scale (`float`, defaults to 1.0), timestep_offset (`float`, defaults to 0.0):
+        timestep_scale (`float`, defaults to 1.0):
             The sinusoidal embedding reads `timestep_offset + timestep_scale * timestep`. A model whose time runs from
             noise (0) to data (1), such as SiT, has offset 1 and scale -0.001.
+        timestep_offset (`float`, defaults to 0.0): See `timestep_scale`.
         prediction_type (`str`, *optional*):
             What the output is: `"flow"` (`noise - sample`), `"epsilon"`, `"v_prediction"` or `"sample"`. It does not
             change the computation; [`DoDPipeline`] refuses a scheduler that reads the output as something else.
@@ -913,9 +922,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `(noisy - sample) / max(sigma, 0.05)`, so schedulers and losses stay the same. For `"flow"` models only.
         patch_bottleneck_dim (`int`, *optional*):
             Makes the patch embedding two linear layers with that many channels between them (JiT).
-        in_context_len (`int`, defaults to 0), in_context_start (`int`, defaults to 0):
-            Class tokens, copies of the class embedding plus a learned one each, that stand before the tokens of the latents
-            from block `in_context_start` on (JiT).
+        in_context_len (`int`, defaults to 0):
+            Number of class tokens: copies of the class embedding, each plus a learned one, before the tokens of the latents
+            (JiT).
+        in_context_start (`int`, defaults to 0): First block that sees the class tokens.
         noise_scale (`float`, defaults to 1.0):
             Standard deviation of the noise that the network takes (JiT has 2 at 512 pixels). `forward` still takes unit
             noise and returns its velocity, so schedulers and losses stay the same: the network sees the noisy latents

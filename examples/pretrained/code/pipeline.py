@@ -339,7 +339,8 @@ def encode_images(
     """Encodes images to normalized latents.
 
     Args:
-        vae (`ModelMixin`, *optional*), images (`torch.Tensor`): as for [`encode_posterior`].
+        vae (`ModelMixin`, *optional*): as for [`encode_posterior`].
+        images (`torch.Tensor`): as for [`encode_posterior`].
         generator (`torch.Generator` or a `list` of them, *optional*): for the posterior's sample.
         sample_posterior (`bool`, defaults to `False`): whether to draw from a posterior or to take its mode.
 
@@ -529,7 +530,8 @@ def scheduler_reads(scheduler: type, config: Mapping[str, Any], cure: str) -> st
     """What a scheduler takes for the model's output: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
 
     Args:
-        scheduler (`type`), config (mapping): its class and config.
+        scheduler (`type`): its class.
+        config (mapping): its config.
         cure (`str`): what the message says to use instead.
 
     Raises:
@@ -583,7 +585,8 @@ def scheduler_cure(scheduler: type, config: Mapping[str, Any], transformer: Any,
     """The expression that makes a scheduler for this transformer, of the same class if that can be.
 
     Args:
-        scheduler (`type`), config (mapping): of the scheduler that does not fit.
+        scheduler (`type`): class of the scheduler that does not fit.
+        config (mapping): its config.
         transformer: config of the [`DoDTransformer2DModel`].
         component (`str`, defaults to `"scheduler"`): its name in the pipeline.
     """
@@ -620,7 +623,8 @@ def check_scheduler(
     """Compares a scheduler with the transformer's prediction.
 
     Args:
-        scheduler (`type`), config (mapping): the scheduler's class and config.
+        scheduler (`type`): the scheduler's class.
+        config (mapping): its config.
         transformer: config of the [`DoDTransformer2DModel`].
         component (`str`, defaults to `"scheduler"`): the scheduler's name in the pipeline.
 
@@ -714,7 +718,8 @@ class StageGuidance(ABC):
         Args:
             model_input (`torch.Tensor`): noisy latents as the model takes them, `(batch, channels, height, width)`.
             timestep (`torch.Tensor`): a scalar.
-            step (`int`), num_steps (`int`): of this run, from 0.
+            step (`int`): step of this run, from 0.
+            num_steps (`int`): steps of this run.
             class_labels (`torch.Tensor`): `(batch,)`.
             prior_tokens (`torch.Tensor`, *optional*): `(batch, tokens, width of the model)`.
 
@@ -1292,10 +1297,12 @@ class PriorInputsMixin:
             image: one picture for all samples, one for each label or one for each sample: PIL, array or tensor in
                 [0, 1], or latents. A tensor of exactly the latents' shape is taken as latents; without a VAE, where
                 pictures have that shape too, one with negative values is.
-            batch_size (`int`), num_images_per_prompt (`int`): samples, and samples per label.
-            height (`int`), width (`int`):
-                of the samples; PIL pictures are cropped to that size, turned as their EXIF orientation says and laid on
+            batch_size (`int`): samples.
+            num_images_per_prompt (`int`): samples per label.
+            height (`int`):
+                of the samples; PIL pictures are cropped to their size, turned as their EXIF orientation says and laid on
                 white where they are transparent.
+            width (`int`): of the samples.
 
         Raises:
             ValueError: for a picture that is not in [0, 1], not finite, or does not fit the model or the batch; for a PIL
@@ -1928,7 +1935,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps so far planned, over all stages that started."""
+        """Denoising steps of all stages started so far."""
         return self._num_timesteps
 
     @property
@@ -2149,8 +2156,9 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1), by
                 default `(0.25, 0.75)`; `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Images per label.
-            height (`int`, *optional*), width (`int`, *optional*):
-                Size in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
+            height (`int`, *optional*):
+                Height in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
+            width (`int`, *optional*): Width in pixels, with the same default.
             generator (`torch.Generator` or a `list` of them, *optional*):
                 Source of all noise. With a list, one for each image, an image does not depend on its batch.
             latents (`torch.Tensor`, *optional*):

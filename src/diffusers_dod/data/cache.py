@@ -44,7 +44,8 @@ def sample_posterior(
     """A sample of the posterior, `mean + std * noise`, in float32.
 
     Args:
-        mean (`torch.Tensor`), std (`torch.Tensor`, *optional*): `(batch, channels, height, width)`.
+        mean (`torch.Tensor`): `(batch, channels, height, width)`.
+        std (`torch.Tensor`, *optional*): of the same shape.
         noise (`torch.Tensor`, *optional*): standard normal, of the same shape; not read where there is no `std`.
 
     Raises:
@@ -157,7 +158,8 @@ class CachedLatents(Dataset):
     Attributes:
         settings (`dict`): what the cache was made of and how.
         flips (`bool`): whether mirrored images are cached too.
-        class_names (`list` of `str`, *optional*), num_classes (`int`): the classes.
+        class_names (`list` of `str`, *optional*): names of the classes.
+        num_classes (`int`): number of classes.
         latent_shape (`tuple` of `int`): `(channels, height, width)`.
         class_ids (`torch.Tensor`, *optional*): `(classes,)`, what rows have as their `label` in the place of the cached class.
 

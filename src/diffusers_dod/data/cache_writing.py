@@ -44,7 +44,8 @@ def cache_settings(
     Args:
         vae (`ModelMixin`): any autoencoder that [`encode_posterior`] takes.
         resolution (`int`): side of the square images.
-        names (`list` of `str`), labels (`list` of `int`): of every image, in order.
+        names (`list` of `str`): names of all images, in order.
+        labels (`list` of `int`): their labels.
         class_names (`list` of `str`, *optional*): names of the classes.
         flips (`bool`, defaults to `False`): whether mirrored images are cached too.
         dtype (`str`, defaults to `"float16"`): of the stored numbers, or `"bfloat16"` or `"float32"`.

@@ -24,7 +24,8 @@ class REPAEncoder(nn.Module):
 
     Args:
         model (`PreTrainedModel`): a vision model of square patches, or one with such a `vision_model`.
-        image_mean (`list` of `float`), image_std (`list` of `float`): its normalization of images in [0, 1].
+        image_mean (`list` of `float`): mean by which images in [0, 1] are normalized.
+        image_std (`list` of `float`): standard deviation, likewise.
 
     Raises:
         ValueError: if the model has no patches of one size.

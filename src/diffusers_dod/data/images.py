@@ -68,8 +68,9 @@ def load_labelled_images(
             `datasets.save_to_disk` wrote.
         dataset_name (`str`, *optional*): a Hub dataset, where no `folder` is given.
         dataset_config_name (`str`, *optional*): its configuration.
-        image_column (`str`), label_column (`str`, *optional*):
-            columns to read; labels are names, or integers from 0. `None` reads images alone, in any layout of folders.
+        image_column (`str`): column of the images.
+        label_column (`str`, *optional*):
+            column of the labels, names or integers from 0. `None` reads images alone, in any layout of folders.
         cache_dir (`str`, *optional*): where `datasets` keeps what it downloads and prepares.
         streaming (`bool`): read as training continues instead of preparing everything first.
 

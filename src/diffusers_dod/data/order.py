@@ -63,7 +63,8 @@ class BatchSampler:
     Args:
         order ([`EpochOrder`]): of the images.
         batch_size (`int`): rows of a share.
-        num_processes (`int`), process_index (`int`): of the run.
+        num_processes (`int`): processes of the run.
+        process_index (`int`): index of this one.
         accumulation_steps (`int`): micro steps of a step.
         first_step (`int`): steps already done.
     """

@@ -22,7 +22,8 @@ class Drawing:
         class_id (`int`, *optional*): `None` is no class.
         seed (`int`): of the first sample; each further sample has the next number.
         num_samples (`int`): samples that are drawn at once.
-        num_inference_steps (`list` of `int`), guidance_scale (`list` of `float`): the pipeline's arguments.
+        num_inference_steps (`list` of `int`): the pipeline's argument.
+        guidance_scale (`list` of `float`): the pipeline's argument.
         start (`str`): what the first stage follows: `"codes"`, nothing (`"stage"`) or a `"picture"` in the place of stage 1.
         same_codes (`bool`): all samples take the codes of the first one, from the code model.
         code_guidance_scale (`float`): class guidance of the code model.

@@ -18,7 +18,7 @@ class FeatureStatistics(NamedTuple):
 
 
 def check_features(*features: torch.Tensor) -> None:
-    """Refuses features that are none, of two networks, or not finite, of which no figure would mean anything."""
+    """Refuses features that are missing, not finite, or from different networks."""
     widths = {values.shape[1:] for values in features}
     if len(widths) > 1 or any(values.ndim != 2 for values in features):
         raise ValueError(
@@ -81,8 +81,10 @@ def kernel_distance(
     """KID (Bińkowski et al. 2018, arXiv 1801.01401): unbiased squared MMD with the cubic kernel, mean and std of subsets.
 
     Args:
-        samples (`torch.Tensor`), reference (`torch.Tensor`): features, `(samples, channels)`.
-        subsets (`int`), subset_size (`int`): how many subsets of how many samples; a smaller set is taken whole.
+        samples (`torch.Tensor`): features, `(samples, channels)`.
+        reference (`torch.Tensor`): features, `(samples, channels)`.
+        subsets (`int`): number of subsets.
+        subset_size (`int`): samples per subset; a smaller set is taken whole.
         seed (`int`): of the subsets.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -137,7 +139,8 @@ def precision_recall(
     A manifold is the union of balls around its points that reach to the k-th nearest neighbour.
 
     Args:
-        samples (`torch.Tensor`), reference (`torch.Tensor`): features, `(samples, channels)`.
+        samples (`torch.Tensor`): features, `(samples, channels)`.
+        reference (`torch.Tensor`): features, `(samples, channels)`.
         k (`int`): neighbours.
         chunk (`int`): rows of the distance matrix that are in memory at a time.
     """

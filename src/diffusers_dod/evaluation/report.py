@@ -33,7 +33,8 @@ def extract_features(
     Args:
         images ([`ImageSet`]): what to read, or anything with its `batches`.
         extractor (`nn.Module`): see `extractors.py`; it runs on the device that its parameters are on.
-        batch_size (`int`), num_workers (`int`): how images are read.
+        batch_size (`int`): images per batch.
+        num_workers (`int`): processes that read images.
         progress (`Callable`): wraps the batches, such as `tqdm`.
     """
     extractor.eval()

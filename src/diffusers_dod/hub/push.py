@@ -89,7 +89,8 @@ def collect_upload(
         folder (`str` or `Path`): a saved pipeline or a LoRA's folder, in which [`check_folder`] finds nothing wrong.
         card (`str`): text of the model card.
         include_code (`bool`, defaults to `True`): whether to carry the code that diffusers alone needs.
-        repo_id (`str`, *optional*), revision (`str`, *optional*): where modular pipelines find the components.
+        repo_id (`str`, *optional*): repository in which modular pipelines find the components.
+        revision (`str`, *optional*): its branch, tag or commit.
     """
     folder = Path(folder)
     files, _ = list_files(folder)

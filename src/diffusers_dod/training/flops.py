@@ -59,7 +59,8 @@ def training_flops(
     What gradient checkpointing computes again is not useful work and is left out, and so is the autoencoder.
 
     Args:
-        transformer ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`], *optional*): the models.
+        transformer ([`DoDTransformer2DModel`]): the transformer.
+        embedder ([`DoDLatentEmbedder`], *optional*): the embedder.
         prior_share (`float`): share of rows on which the embedder runs.
     """
     embedding = 0.0 if embedder is None else prior_share * embedder_flops(embedder)

@@ -99,7 +99,8 @@ def flow_example(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tenso
     `noisy = (1 - sigma) * latents + sigma * noise`, `target = noise - latents`, `timestep = 1000 * sigma`.
 
     Args:
-        latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
+        latents (`torch.Tensor`): `(batch, channels, height, width)`.
+        noise (`torch.Tensor`): standard normal, of the same shape.
         sigmas (`torch.Tensor`): `(batch,)` in [0, 1], 1 is noise.
 
     Raises:
@@ -118,7 +119,8 @@ def ddpm_example(
     """The noising of `noise_scheduler`, with the target of its `prediction_type`.
 
     Args:
-        latents (`torch.Tensor`), noise (`torch.Tensor`): `(batch, channels, height, width)`.
+        latents (`torch.Tensor`): `(batch, channels, height, width)`.
+        noise (`torch.Tensor`): standard normal, of the same shape.
         timesteps (`torch.Tensor`): `(batch,)` of integers below `num_train_timesteps`.
         noise_scheduler (`DDPMScheduler`): of prediction type `"epsilon"`, `"v_prediction"` or `"sample"`.
 
@@ -155,8 +157,8 @@ def dod_loss(
     """Mean squared error of the transformer, jointly differentiable in both models.
 
     Args:
-        transformer ([`DoDTransformer2DModel`]), latent_embedder ([`DoDLatentEmbedder`], *optional*):
-            the models, wrapped or not; without an embedder no row sees a prior.
+        transformer ([`DoDTransformer2DModel`]): wrapped or not.
+        latent_embedder ([`DoDLatentEmbedder`], *optional*): wrapped or not; without one, no row sees a prior.
         latents (`torch.Tensor`):
             clean latents, which the embedder reads, `(batch, channels, height, width)`. Noise added here reaches the
             embedder only, for `example` is made already.

@@ -56,7 +56,8 @@ def repa_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Negative cosine similarity of the tokens, from -1 (aligned) to 1, averaged over tokens and batch in float32.
 
     Args:
-        projected (`torch.Tensor`), features (`torch.Tensor`): `(batch, tokens, width)`.
+        projected (`torch.Tensor`): `(batch, tokens, width)`.
+        features (`torch.Tensor`): `(batch, tokens, width)`.
 
     Raises:
         ValueError: if their shapes differ.

@@ -171,8 +171,10 @@ class GradientStep(NamedTuple):
         args: the options of the run.
         accelerator (`Accelerator`): which synchronises the processes with the last rows of a step.
         module ([`TrainingModule`]): as accelerate prepared it.
-        denoiser ([`DoDTransformer2DModel`]), embedder ([`DoDLatentEmbedder`], *optional*): the models in it.
-        vae (`ModelMixin`, *optional*), repa ([`REPAParts`], *optional*): what else a run may have.
+        denoiser ([`DoDTransformer2DModel`]): the transformer in it.
+        embedder ([`DoDLatentEmbedder`], *optional*): the embedder in it.
+        vae (`ModelMixin`, *optional*): the autoencoder, if any.
+        repa ([`REPAParts`], *optional*): REPA's parts, if any.
         noise_scheduler (`DDPMScheduler`, *optional*): `None` for flow matching.
         sums ([`StepSums`]): of the step.
         shares (`int`): into how many parts, of processes and accumulation, the rows of a step are dealt.

@@ -24,8 +24,8 @@ def stage_grid(
         stages (`list` of `list` of `PIL.Image.Image`):
             Pictures of one size and mode by stage, as `DoDPipelineOutput.stages` has them.
         labels (`list` of `str`, *optional*):
-            Titles of the columns, cut to their width; the stages are then titled too. By default there is no text. Several
-            times as many pictures as labels are as many rows per stage, the first of each column in the first row.
+            Titles of the columns, cut to their width; the stages are then titled too. By default there is no text. With k
+            times as many pictures as labels, each stage has k rows.
         first_stage (`int`, defaults to 1): The first row's number, 2 for samples of a picture as the prior.
         scale (`int`, *optional*): Whole factor that enlarges a picture; by default the least that makes it 84 pixels.
         row_names (`list` of `str`, *optional*): Titles of the rows, in the place of the stages' numbers.
