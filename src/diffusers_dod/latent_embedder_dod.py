@@ -51,7 +51,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         bottleneck_dim (`int`, defaults to 4): Channels of a code.
         output_dim (`int`, defaults to 1152): The transformer's width.
         output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
-        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's factor of 2/3.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         codes_mean (`list` of `float`, *optional*): Mean of each channel of the training data's codes, for a code model.
         codes_std (`list` of `float`, *optional*): Standard deviation of each channel, likewise.
@@ -184,8 +184,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             height (`int`): height of the latents that the tokens are for.
             width (`int`): width of these latents.
             code_noise (`torch.Tensor`, *optional*):
-                Noise of the codes' shape, in multiples of the root mean square of each sample's codes: what the codes carry
-                cannot grow past it.
+                Noise of the codes' shape, in multiples of the root mean square of each sample's codes, so that
+                the codes cannot outgrow it.
             noise_level (`float` or `torch.Tensor` of `(batch,)`, *optional*):
                 Scales the noise, and is read where the config has `noise_level_input`; 0 is clean. By default 1 with
                 `code_noise` and 0 without.

@@ -151,7 +151,7 @@ def make_norm(norm_type: str, dim: int) -> nn.Module:
 
 
 def swiglu_feed_forward(dim: int, mlp_ratio: float) -> FeedForward:
-    """diffusers' SwiGLU feed-forward, its width cut by 2/3 so that it has the parameters of a plain one."""
+    """diffusers' SwiGLU feed-forward, its width cut to 2/3 so that it has the parameters of a plain one."""
     return FeedForward(dim, inner_dim=int(dim * mlp_ratio) * 2 // 3, activation_fn="swiglu")
 
 
@@ -231,7 +231,7 @@ class DoDTransformerBlock(nn.Module):
     Args:
         num_attention_heads (`int`): attention heads.
         attention_head_dim (`int`): channels per head.
-        mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's factor of 2/3.
         adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].
         activation_fn (`str`, defaults to `"swiglu"`): diffusers' name of the feed-forward's activation.

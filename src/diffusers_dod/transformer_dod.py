@@ -59,8 +59,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 
     One set of weights serves every stage. Without prior tokens it is a class-conditional transformer (stage 1); with
     them, the tokens of [`DoDLatentEmbedder`] are added to the patch embedding of the noisy latents, which costs
-    nothing per step. The output starts at zero and a zero prior equals no prior, so a row of zeros is how rows with and
-    without a prior share a batch.
+    nothing per step. All-zero prior tokens equal no prior, so rows with and without a prior can share a batch. The output
+    starts at zero.
 
     Parameters:
         sample_size (`int` or pair of `int`, defaults to 32):
@@ -77,7 +77,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `num_attention_heads * attention_head_dim`.
         num_classes (`int`, defaults to 1000):
             Classes. Label `num_classes` is the null class; 0 makes an unconditional model, whose only label is 0.
-        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's factor of 2/3.
         adaln_rank (`int`, *optional*):
             Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
@@ -93,7 +93,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             Positions of tokens: `"rope"` turns queries and keys (FiTv2); `"sincos"` adds a fixed table to the patch
             embedding (DiT, SiT) and needs a width that is a multiple of 4; `"rope_sincos"` does both (LightningDiT, JiT).
         base_size (`int`, defaults to 16):
-            Patches along a side that sine-cosine positions are counted in, those of the model's first training size;
+            Side, in patches, of the grid that sine-cosine positions are defined on, that of the original training;
             any other grid is interpolated onto it, as diffusers' `PatchEmbed` does.
         activation_fn (`str`, defaults to `"swiglu"`):
             Activation of the feed-forward: `"swiglu"` (FiTv2, LightningDiT, JiT) or `"gelu-approximate"` (DiT, SiT).

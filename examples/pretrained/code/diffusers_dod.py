@@ -369,7 +369,7 @@ def make_norm(norm_type: str, dim: int) -> nn.Module:
 
 
 def swiglu_feed_forward(dim: int, mlp_ratio: float) -> FeedForward:
-    """diffusers' SwiGLU feed-forward, its width cut by 2/3 so that it has the parameters of a plain one."""
+    """diffusers' SwiGLU feed-forward, its width cut to 2/3 so that it has the parameters of a plain one."""
     return FeedForward(dim, inner_dim=int(dim * mlp_ratio) * 2 // 3, activation_fn="swiglu")
 
 
@@ -449,7 +449,7 @@ class DoDTransformerBlock(nn.Module):
     Args:
         num_attention_heads (`int`): attention heads.
         attention_head_dim (`int`): channels per head.
-        mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`): feed-forward width over the block's, before SwiGLU's factor of 2/3.
         adaln_rank (`int`, *optional*): rank of the block's own projection; `None` is a full one and nothing shared.
         qk_norm (`str`, *optional*, defaults to `"layer_norm"`): as for [`DoDAttention`].
         activation_fn (`str`, defaults to `"swiglu"`): diffusers' name of the feed-forward's activation.
@@ -580,7 +580,7 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         bottleneck_dim (`int`, defaults to 4): Channels of a code.
         output_dim (`int`, defaults to 1152): The transformer's width.
         output_patch_size (`int`, *optional*): The transformer's patch, `patch_size` by default.
-        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the embedder's, before SwiGLU's factor of 2/3.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         codes_mean (`list` of `float`, *optional*): Mean of each channel of the training data's codes, for a code model.
         codes_std (`list` of `float`, *optional*): Standard deviation of each channel, likewise.
@@ -713,8 +713,8 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
             height (`int`): height of the latents that the tokens are for.
             width (`int`): width of these latents.
             code_noise (`torch.Tensor`, *optional*):
-                Noise of the codes' shape, in multiples of the root mean square of each sample's codes: what the codes carry
-                cannot grow past it.
+                Noise of the codes' shape, in multiples of the root mean square of each sample's codes, so that
+                the codes cannot outgrow it.
             noise_level (`float` or `torch.Tensor` of `(batch,)`, *optional*):
                 Scales the noise, and is read where the config has `noise_level_input`; 0 is clean. By default 1 with
                 `code_noise` and 0 without.
@@ -869,8 +869,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 
     One set of weights serves every stage. Without prior tokens it is a class-conditional transformer (stage 1); with
     them, the tokens of [`DoDLatentEmbedder`] are added to the patch embedding of the noisy latents, which costs
-    nothing per step. The output starts at zero and a zero prior equals no prior, so a row of zeros is how rows with and
-    without a prior share a batch.
+    nothing per step. All-zero prior tokens equal no prior, so rows with and without a prior can share a batch. The output
+    starts at zero.
 
     Parameters:
         sample_size (`int` or pair of `int`, defaults to 32):
@@ -887,7 +887,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `num_attention_heads * attention_head_dim`.
         num_classes (`int`, defaults to 1000):
             Classes. Label `num_classes` is the null class; 0 makes an unconditional model, whose only label is 0.
-        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's cut by 2/3.
+        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's factor of 2/3.
         adaln_rank (`int`, *optional*):
             Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
@@ -903,7 +903,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             Positions of tokens: `"rope"` turns queries and keys (FiTv2); `"sincos"` adds a fixed table to the patch
             embedding (DiT, SiT) and needs a width that is a multiple of 4; `"rope_sincos"` does both (LightningDiT, JiT).
         base_size (`int`, defaults to 16):
-            Patches along a side that sine-cosine positions are counted in, those of the model's first training size;
+            Side, in patches, of the grid that sine-cosine positions are defined on, that of the original training;
             any other grid is interpolated onto it, as diffusers' `PatchEmbed` does.
         activation_fn (`str`, defaults to `"swiglu"`):
             Activation of the feed-forward: `"swiglu"` (FiTv2, LightningDiT, JiT) or `"gelu-approximate"` (DiT, SiT).

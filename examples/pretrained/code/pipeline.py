@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 """LoRA adapters of the transformer, in diffusers' form or in peft's own."""
@@ -1786,19 +1786,6 @@ class DoDRepositoryMixin:
 FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 2.0
 
 
-EXAMPLE_DOC_STRING = """
-        Examples:
-            ```py
-            >>> import torch
-            >>> from diffusers_dod import DoDPipeline
-
-            >>> pipe = DoDPipeline.from_pretrained("examples/pretrained/digits")
-            >>> images = pipe([3, 7], num_inference_steps=12, generator=torch.Generator().manual_seed(0)).images
-            >>> images[0].save("three.png")
-            ```
-"""
-
-
 @dataclass
 class DoDPipelineOutput(BaseOutput):
     """
@@ -2107,7 +2094,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         class_labels: int | str | None | list[int | str | None] | torch.Tensor,
@@ -2192,6 +2178,14 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 `noise_level_input`, which is told the level. The codes that are returned are without it.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers_dod import DoDPipeline
+
+            >>> pipe = DoDPipeline.from_pretrained("examples/pretrained/digits")
+            >>> images = pipe([3, 7], num_inference_steps=12, generator=torch.Generator().manual_seed(0)).images
+            >>> images[0].save("three.png")
+            ```
 
         Returns:
             [`DoDPipelineOutput`] or `tuple`: the images, and the list of all stages' where asked for.

@@ -161,7 +161,7 @@ class CachedLatents(Dataset):
         class_names (`list` of `str`, *optional*): names of the classes.
         num_classes (`int`): number of classes.
         latent_shape (`tuple` of `int`): `(channels, height, width)`.
-        class_ids (`torch.Tensor`, *optional*): `(classes,)`, what rows have as their `label` in the place of the cached class.
+        class_ids (`torch.Tensor`, *optional*): `(classes,)`, the `label` that replaces each cached class.
 
     Raises:
         ValueError: if the folder holds no finished cache, or one of its shards is not what it should be.

@@ -73,7 +73,7 @@ class REPAEncoder(nn.Module):
             `torch.Tensor`: `(batch, rows * columns, width)`.
 
         Raises:
-            ValueError: if the model does not give a token a patch.
+            ValueError: if the model does not give one token per patch.
         """
         sides = [_input_side(side, tokens, self.patch_size) for side, tokens in zip(images.shape[-2:], grid)]
         images = (images.float() / 2 + 0.5).expand(-1, 3, -1, -1)

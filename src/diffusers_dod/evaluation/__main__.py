@@ -4,9 +4,9 @@
         --extractor inception --output outputs/mine/evaluation.json
 
 Samples and reference are folders of images, `.npz` files of ADM's evaluation (whose statistics are used), folders of
-`datasets.save_to_disk` or Hub datasets. `--extractor` is `inception` (FID, sFID, Inception Score, KID as papers mean
-them; offline, pass torch-fidelity's file as `--extractor_weights`), or a transformers vision model such as
-`facebook/dinov2-large` (FD-DINOv2). Metric names include any other network's name. `--settings` adds the
+`datasets.save_to_disk` or Hub datasets. `--extractor` is `inception` (FID, sFID, Inception Score, KID as in
+papers; offline, pass torch-fidelity's file as `--extractor_weights`), or a transformers vision model such as
+`facebook/dinov2-large` (FD-DINOv2). Metric names end with any other network's name. `--settings` adds the
 `sampling.json` of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the model card.
 """
 
@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=number(int, 1), default=64, help="images per forward of the extractor")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of subsets and splits")
-    add("--output", help="JSON file to write; always printed")
+    add("--output", help="JSON file to write; the result is printed in any case")
     return parser
 
 

@@ -2,8 +2,8 @@
 
     diffusers-dod probe --model outputs/mine --train_data_dir digits/train --test_data_dir digits/test
 
-The paper's Table 2 reports this for its priors (Yue et al. 2024, arXiv 2410.08531). Besides the codes, the command
-probes the raw latents that the embedder reads, and the codes of an embedder of the same shape that was never trained.
+Besides the codes, the command probes the raw latents that the embedder reads, and the codes of an embedder of the same
+shape that was never trained.
 Every probe is a multinomial logistic regression on standardised features; its weight decay is chosen on a fifth of the
 training images. Without `--test_data_dir` a fifth of the images, the same for the same seed, is kept for the test.
 """
@@ -29,7 +29,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=number(int, 1), default=64, help="images per forward")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the split and of the untrained embedder")
-    add("--output", help="JSON file to write; always printed")
+    add("--output", help="JSON file to write; the result is printed in any case")
     return parser
 
 

@@ -1,13 +1,13 @@
-"""Draws many images with a DoD pipeline, as evaluations need them, on any number of processes.
+"""Draws many images with a DoD pipeline, for evaluation, on any number of processes.
 
     diffusers-dod sample --model outputs/mine --num_images 50000 --output_dir samples --npz
     accelerate launch --num_processes 8 -m diffusers_dod sample --model outputs/mine --output_dir samples --npz
 
 Every image follows from the seed and its own number, so neither the batch size nor the number of processes matters. To
 resume an interrupted run, repeat the same command: finished images are not drawn again. `output_dir` receives
-`stage-2/000000.png` and so on (`--stages all` keeps every stage), `sampling.json` with the settings, and with `--npz`
-one `.npz` per kept stage in ADM's format, such as `stage-2.npz`: `arr_0` of (samples, height, width, channels) in
-uint8, `arr_1` the classes.
+`stage-2/000000.png` and so on (`stage-1/` from codes; `--stages all` keeps every stage), `sampling.json` with the
+settings, and with `--npz` one `.npz` per kept stage in ADM's format, such as `stage-2.npz`: `arr_0` of (samples, height,
+width, channels) in uint8, `arr_1` the classes.
 """
 
 import argparse
@@ -41,7 +41,12 @@ def build_parser() -> Parser:
     add("--guidance_scale", type=real, nargs="+", help=scale)
     add("--prior_guidance_scale", type=real, nargs="+", help="separate scale for the prior; default: none")
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
-    add("--code_guidance_scale", type=real, default=1.0, help="class guidance of the code model")
+    add(
+        "--code_guidance_scale",
+        type=real,
+        default=1.0,
+        help="class guidance of the code model, whatever the pipeline's default",
+    )
     add(
         "--code_noise_level", type=number(float, 0, 1), help="noise on the codes, for an embedder that reads its level"
     )

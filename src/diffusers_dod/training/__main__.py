@@ -8,7 +8,7 @@ Without a VAE the model works on pixels:
         --embedder_config '{"num_encoder_layers": 2, "num_decoder_layers": 2, "num_attention_heads": 4}' \\
         --train_batch_size 64 --max_train_steps 5000
 
-On the latents of a VAE, with a recipe (the paper's model and batch) and 8 GPUs:
+On the latents of a VAE, with a recipe (DoD-XL, batch 256) and 8 GPUs:
 
     accelerate launch --num_processes 8 -m diffusers_dod train --recipe examples/recipes/imagenet256.yaml \\
         --preset XL --train_data_dir imagenet/train --train_batch_size 32 --dataloader_num_workers 8 --output_dir dod-xl

@@ -59,7 +59,7 @@ def drop_labels(
         draws (`torch.Tensor`, *optional*): `(batch,)`, uniform in [0, 1); drawn here by default.
 
     Raises:
-        ValueError: for arguments that are something else.
+        ValueError: for invalid arguments.
     """
     check_rows((None,), integers=True, class_labels=class_labels)
     check_count("num_classes", num_classes, least=0)
@@ -83,7 +83,7 @@ def count_prior_rows(batch_size: int, prior_drop: float, generator: torch.Genera
         generator (`torch.Generator`, *optional*): a CPU generator.
 
     Raises:
-        ValueError, TypeError: for arguments that are something else.
+        ValueError, TypeError: for invalid arguments.
     """
     check_count("batch_size", batch_size)
     check_shares(prior_drop=prior_drop)
@@ -173,7 +173,7 @@ def dod_loss(
         noise_level (`torch.Tensor`, *optional*): `(batch,)`, factor of `code_noise`, which the embedder may read.
 
     Raises:
-        ValueError, TypeError: for tensors of other shapes or types, and for what is no model.
+        ValueError, TypeError: for tensors of other shapes or types, and for arguments that are not models.
     """
     check_instance("transformer", transformer, nn.Module)
     check_instance("latent_embedder", latent_embedder, nn.Module, type(None))

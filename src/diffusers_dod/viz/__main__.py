@@ -38,7 +38,7 @@ def build_parser() -> Parser:
         "--code_guidance_scale",
         type=number(float, float("-inf")),
         default=1.0,
-        help="class guidance of the code model",
+        help="class guidance of the code model, whatever the pipeline's default",
     )
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
     add("--logs", type=Path, help="the `logs` folder of the training run; default: no curves")
