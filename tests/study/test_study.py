@@ -1,8 +1,10 @@
 """The study of `study/`: its parts at tiny sizes, and that its page says what the committed figures say."""
 
+import json
 import math
 from dataclasses import replace
 
+import blind
 import data_sets
 import pytest
 import report
@@ -219,3 +221,14 @@ def test_three_seeds_of_every_model_are_committed():
         for variant in MAIN:
             for setting in settings(variant, MAIN[variant]):
                 assert sorted(results.rows[variant][str(setting)]) == [0, 1, 2], (name, variant, str(setting))
+
+
+def test_a_blind_judges_cells_are_counted_by_their_source(coded, data, tmp_path):
+    build_pipeline(data, *coded).save_pretrained(tmp_path / "pipeline")
+    blind.main(["draw", str(tmp_path / "pipeline"), "--data", "digits", "--output_dir", str(tmp_path / "sheets")])
+    assert len([*(tmp_path / "sheets").glob("sheet-*.png")]) == 4
+    key = json.loads((tmp_path / "sheets" / "key.json").read_text())
+    marked = [[row, column] for row in (2, 10) for column in range(10) if key[3][row - 1][column] == "real"]
+    (tmp_path / "judged.json").write_text(json.dumps({"4": {"broken": marked}}))
+    found = blind.main(["count", str(tmp_path / "sheets" / "key.json"), str(tmp_path / "judged.json")])
+    assert found[0] == {"real": {"cells": 200, "broken": len(marked)}, "generated": {"cells": 200}} and marked
