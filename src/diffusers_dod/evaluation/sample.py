@@ -6,8 +6,8 @@
 Every image follows from the seed and its own number, so neither the batch size nor the number of processes matters. To
 resume an interrupted run, repeat the same command: finished images are not drawn again. `output_dir` receives
 `stage-2/000000.png` and so on (`stage-1/` from codes; `--stages all` keeps every stage), `sampling.json` with the
-settings, and with `--npz` one `.npz` per kept stage in ADM's format, such as `stage-2.npz`: `arr_0` of (samples, height,
-width, channels) in uint8, `arr_1` the classes.
+settings, and with `--npz` one `.npz` per kept stage in ADM's format, such as `stage-2.npz`: `arr_0` of (samples,
+height, width, channels) in uint8, `arr_1` the classes.
 """
 
 import argparse
