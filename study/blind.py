@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from data_sets import DATA_SETS, DataSet
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
@@ -33,8 +34,7 @@ def real_images(data: DataSet, count: int) -> dict[int, list[Image.Image]]:
     for label in range(len(data.class_names)):
         rows = (data.held_out_labels == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
-        pixels = ((data.held_out_images[rows] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).squeeze(-1)
-        found[label] = [Image.fromarray(each.numpy()) for each in pixels]
+        found[label] = VaeImageProcessor().postprocess(data.held_out_images[rows], output_type="pil")
     return found
 
 
@@ -76,7 +76,8 @@ def draw(args: argparse.Namespace) -> None:
 
 def count(key: list[list[list[str]]], judged: dict[str, dict[str, list[list[int]]]]) -> dict[str, dict[str, int]]:
     """Cells of each source, and how many of them have which grade."""
-    found = {source: Counter(cells=cells) for source, cells in Counter(sum(sum(key, []), [])).items()}
+    cells_of = Counter(source for sheet in key for row in sheet for source in row)
+    found = {source: Counter(cells=cells) for source, cells in cells_of.items()}
     for sheet, grades in judged.items():
         for grade, cells in grades.items():
             for row, column in cells:

@@ -232,3 +232,16 @@ def test_a_blind_judges_cells_are_counted_by_their_source(coded, data, tmp_path)
     (tmp_path / "judged.json").write_text(json.dumps({"4": {"broken": marked}}))
     found = blind.main(["count", str(tmp_path / "sheets" / "key.json"), str(tmp_path / "judged.json")])
     assert found[0] == {"real": {"cells": 200, "broken": len(marked)}, "generated": {"cells": 200}} and marked
+
+
+def test_the_readme_says_what_the_blind_judges_found():
+    folder = report.ROOT / "study" / "results" / "blind"
+    found = blind.main(["count", str(folder / "key.json"), *map(str, sorted(folder.glob("judge-*.json")))])
+    shares = {
+        source: sum(each[source]["broken"] for each in found) / sum(each[source]["cells"] for each in found)
+        for source in ("generated", "real")
+    }
+    sentence = (
+        f"call {100 * shares['generated']:.0f} % of generated and {100 * shares['real']:.0f} % of real digits broken"
+    )
+    assert sentence in " ".join((report.ROOT / "README.md").read_text().split())
