@@ -123,13 +123,22 @@ def radio(page, title, choice):
     return group.get_by_label(str(choice), exact=True)
 
 
+def fill(page, label, value):
+    """Fills a number's field. gradio sets one that has just appeared to its value once more, which waits for no user."""
+    field = page.get_by_label(label, exact=True)
+    field.wait_for()
+    page.evaluate("() => new Promise(done => requestIdleCallback(() => requestIdleCallback(() => done())))")
+    field.fill(str(value))
+    field.press("Tab")
+
+
 def choose(page, class_name=None, seed=None, samples=None, stages=None, steps=(), start=None):
     if class_name is not None:
         page.get_by_label("Class", exact=True).click()
         page.get_by_role("option", name=class_name, exact=True).click()
     if seed is not None:
         page.get_by_label("New seed each time").uncheck()
-        page.get_by_label("Seed", exact=True).fill(str(seed))
+        fill(page, "Seed", seed)
     if samples is not None:
         radio(page, "Samples", samples).check()
     if start is not None or stages is not None or steps:
@@ -142,8 +151,7 @@ def choose(page, class_name=None, seed=None, samples=None, stages=None, steps=()
         radio(page, "Stages", stages).check()
     for stage, count in enumerate(steps, start=1):
         if count is not None:
-            page.get_by_label(f"Stage {stage} steps").fill(str(count))
-            page.get_by_label(f"Stage {stage} steps").press("Tab")
+            fill(page, f"Stage {stage} steps", count)
 
 
 def draws(page, act):
@@ -215,7 +223,7 @@ def test_stages_appear_one_by_one_and_the_copied_code_draws_them(open_page, tmp_
     page = open_page()
     choose(page, "crane (2)", seed=12345, samples=4, stages=2, steps=(20, 60))
     expect(page.get_by_label("Stage 3 steps")).to_be_hidden()
-    page.get_by_label("Stage 2 guidance").fill("3.5")
+    fill(page, "Stage 2 guidance", 3.5)
     draws(page, lambda: generate(page))
 
     seen = page.evaluate("window.seen")
@@ -280,12 +288,9 @@ def test_codes_are_redrawn_mixed_and_painted_on(open_page, tmp_path, monkeypatch
     page.get_by_label("With codes of").click()
     page.get_by_role("option", name="crane (1)", exact=True).click()
     acts(mix.click)
-    share = page.get_by_label("number input for Share")
-    share.fill("1")
-    share.press("Tab")
+    fill(page, "number input for Share", 1)
     _, crane = acts(mix.click)
-    share.fill("0")
-    share.press("Tab")
+    fill(page, "number input for Share", 0)
     _, back = acts(mix.click)
     assert max(map(distance, back, after)) < 16 < max(map(distance, crane, after))
 
