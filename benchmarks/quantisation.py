@@ -127,7 +127,7 @@ def versions() -> str:
 
 def table(rows: dict[str, dict], num_samples: int) -> str:
     lines = [
-        "| weights of the transformer | MB | change of a pixel | FD | saved and loaded |",
+        "| weights of the transformer | MB | mean change of a pixel in [0, 1] | FD | saved and loaded |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -138,7 +138,8 @@ def table(rows: dict[str, dict], num_samples: int) -> str:
         same = "the same" if row["saved_equal"] else "differs"
         change = f"{row['change']:.4f}" if row["change"] else ""
         lines.append(f"| {name} | {row['megabytes']:.1f} | {change} | {row['fd']:.2f} | {same} |")
-    lines += ["", f"*{num_samples} digits, 12 steps per stage, without guidance; {versions()}.*"]
+    sampling = f"{num_samples} digits, one stage of 12 steps, without guidance"
+    lines += ["", f"*{sampling}; FD in the features of `examples/classifier.py`; {versions()}.*"]
     return "\n".join(lines) + "\n"
 
 
