@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from helpers import tiny_embedder, tiny_transformer
+from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
 
 from diffusers_dod.training import dod_loss, flow_example
 
@@ -93,6 +93,21 @@ def test_repeated_blocks_compile_once_for_all_stages():
     embedder.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
     torch.testing.assert_close(embedder(inputs[0]).prior_tokens, prior_tokens)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_pipeline_draws_the_same_with_compiled_blocks():
+    def draw():
+        return pipe(
+            [0, 1], num_stages=2, num_inference_steps=2, generator=torch.manual_seed(0), output_type="pt"
+        ).images
+
+    pipe = tiny_pipeline()
+    expected = draw()
+    for model in (pipe.transformer, pipe.latent_embedder):
+        model.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(draw(), expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize(("dynamic", "first_batches"), [(None, [4, 8]), (True, [4])])
