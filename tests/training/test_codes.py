@@ -73,12 +73,12 @@ def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tm
 def test_a_code_model_and_its_guidance_stay_where_the_embedder_does(digits, pipeline, tmp_path):
     coded = train(pipeline, digits, tmp_path / "coded", "--max_train_steps", 1, "--code_guidance_scale", 1.5)
     start = ("--pretrained_model_name_or_path", coded, "--train_data_dir", digits, "--max_train_steps", 1)
-    for parts, options in {"lora": ("--lora_rank", 1), "embedder": ()}.items():
+    for parts, options in {"transformer": (), "lora": ("--lora_rank", 1), "embedder": ()}.items():
         argv = [*start, "--train", parts, *options, *OPTIONS[2:], "--output_dir", tmp_path / parts]
         assert train_pipeline([str(argument) for argument in argv]) == 0
         pipe = DoDPipeline.from_pretrained(tmp_path / parts)
-        assert (pipe.code_transformer is not None) == (parts == "lora")
-        assert pipe.config.code_guidance_scale == (1.5 if parts == "lora" else 1.0)
+        assert (pipe.code_transformer is not None) == (parts != "embedder")
+        assert pipe.config.code_guidance_scale == (1.0 if parts == "embedder" else 1.5)
 
 
 def test_a_killed_run_resumes_bit_equal_and_the_same_command_is_finished(digits, pipeline, tmp_path, capsys):

@@ -50,6 +50,7 @@ def changed(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize(
     "options, parts",
     [
+        (("--train", "transformer"), {"transformer"}),
         (("--train", "embedder"), {"embedder"}),
         (("--lora_rank", 2), {"embedder", "lora"}),
         (("--train", "lora", "--lora_rank", 2), {"lora"}),
@@ -71,10 +72,11 @@ def test_frozen_parts_stay_and_the_folder_holds_the_trained_model(digits, pretra
         key: key.split(".attn.")[-1].startswith(("to_q.w", "to_k.w", "to_v.w", "to_out.0.w")) for key in before
     }
     for key in before:
-        trained = "embedder" in parts if key.startswith("latent") else "lora" in parts and is_lora_target[key]
+        in_transformer = "transformer" in parts or ("lora" in parts and is_lora_target[key])
+        trained = "embedder" in parts if key.startswith("latent") else in_transformer
         assert torch.equal(before[key], after[key]) != trained, key
     assert DoDPipeline.from_pretrained(run)(0, num_inference_steps=2).images
-    assert (run / "checkpoint-2" / "transformer").exists() == ("lora" in parts)
+    assert (run / "checkpoint-2" / "transformer").exists() == (parts != {"embedder"})
     assert (run / "checkpoint-2" / "latent_embedder").exists() == ("embedder" in parts)
 
     if "lora" in parts:
@@ -231,7 +233,9 @@ def test_throughput_and_utilisation_are_logged(digits, tmp_path):
     [
         (("--train", "lora"), "LoRA needs both"),
         (("--train", "embedder", "--lora_rank", 2), "LoRA needs both"),
-        (("--train", "all,lora"), "neither all, embedder, lora"),
+        (("--train", "all,lora"), "none of all, transformer, embedder, lora, embedder,lora"),
+        (("--train", "transformer,lora", "--lora_rank", 2), "'transformer,lora' is none of"),
+        (("--train", "transformer"), "needs a trained model"),
         (("--lora_rank", 2), "needs a trained model"),
         (("--streaming", "--sampling", "balanced"), "so not --streaming"),
         (("--preset", "B", "--pretrained_model_name_or_path", "x"), "exclude each other"),

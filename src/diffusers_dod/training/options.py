@@ -32,11 +32,16 @@ class Merge(argparse.Action):
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
 
 
+# What `--train` can name
+TRAINED_PARTS = [["all"], ["transformer"], ["embedder"], ["lora"], ["embedder", "lora"]]
+
+
 def trained_parts(text: str) -> list[str]:
-    parts = text.split(",")
-    if text != "all" and not set(parts) <= {"embedder", "lora"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all, embedder, lora nor embedder,lora")
-    return sorted(set(parts))
+    parts = sorted(set(text.split(",")))
+    if parts not in TRAINED_PARTS:
+        choices = ", ".join(",".join(parts) for parts in TRAINED_PARTS)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {choices}")
+    return parts
 
 
 # Steps and images per step of a run that names neither these nor the size of its models, which `choosing.py` then chooses
@@ -191,7 +196,11 @@ def build_parser(description: str = "") -> Parser:
     add("--transformer_config", type=json_object, action=Merge, help=transformer)
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
     add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
-    add("--train", type=trained_parts, help="all (default), embedder, lora or embedder,lora: the rest is frozen")
+    add(
+        "--train",
+        type=trained_parts,
+        help="all (default), transformer, embedder, lora or embedder,lora: the rest is frozen",
+    )
     add(
         "--lora_rank",
         type=POSITIVE,
