@@ -19,7 +19,7 @@ from models import sample_labels
 from referee import Referee
 
 import diffusers_dod
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.training.codes import nearest_distance
 from diffusers_dod.viz import code_maps, stage_grid
 
@@ -139,7 +139,8 @@ def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="folder of `diffusers-dod train-codes`")
+    parser.add_argument("pipeline", type=Path, help="folder of `diffusers-dod train-codes`, or of further training")
+    parser.add_argument("--weak_transformer", type=Path, help="folder of a weaker model, for autoguidance")
     parser.add_argument("--data", choices=SOURCES, required=True)
     parser.add_argument("--source", type=Path, help="where the pictures or typefaces are, see data_sets.py")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -149,7 +150,10 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. The folder
-    DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16).save_pretrained(args.output_dir)
+    half = DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
+    if args.weak_transformer is not None:
+        half.weak_transformer = DoDTransformer2DModel.from_pretrained(args.weak_transformer, torch_dtype=torch.float16)
+    half.save_pretrained(args.output_dir)
     for name in ("block.py", "modular_config.json", "modular_model_index.json"):
         (args.output_dir / name).unlink(missing_ok=True)  # these name the folder that they lie in
     for file in (*args.output_dir.glob("*/config.json"), args.output_dir / "model_index.json"):
@@ -176,7 +180,11 @@ def main() -> None:
     # 3. How it was trained
     name = args.output_dir.name
     recipes = {"backbone and embedder": f"{name}.yaml", "code model": f"{name}_codes.yaml"}
+    if (RECIPES / f"{name}_transformer.yaml").exists():
+        recipes["transformer, continued"] = f"{name}_transformer.yaml"
     training = {"data": SOURCES[args.data], "seed": 0}
+    if args.weak_transformer is not None:
+        training["weaker model of the autoguidance"] = "/".join(args.weak_transformer.parts[-2:])
     for part, recipe in recipes.items():
         training[f"recipe, {part}"] = f"examples/recipes/{recipe}"
         for key, value in yaml.safe_load((RECIPES / recipe).read_text()).items():

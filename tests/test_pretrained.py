@@ -42,7 +42,7 @@ def test_the_code_and_the_card_of_a_model_are_the_packages(name):
     card = build_card(folder, f"examples/pretrained/{name}", "apache-2.0", has_picture=True)
     assert (folder / "README.md").read_text() == card, "run `python examples/pretrained/write_code.py`"
     code = carried_code(json.loads((folder / "model_index.json").read_text()))
-    assert len(code) == 4
+    assert len(code) == 1 + len([*folder.glob("*transformer"), *folder.glob("latent_embedder")])
     for path, text in code.items():
         assert (folder / path).read_text() == text, "run `python examples/pretrained/write_code.py`"
 
@@ -73,7 +73,7 @@ def test_digits_are_read_as_what_they_should_be():
         drawn = pipe(wanted, num_inference_steps=12, generator=generator, output_type="latent", **options).images
         figures.append(measure(classifier, drawn.clamp(-1, 1), wanted, reference))
     (from_codes, accuracy), (from_class, _) = figures
-    assert accuracy > 0.95 and from_codes < 0.8 * from_class
+    assert accuracy > 0.95 and from_codes < 0.9 * from_class
 
 
 def test_the_notebook_runs():

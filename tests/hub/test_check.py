@@ -13,7 +13,7 @@ from helpers import tiny_pipeline, tiny_transformer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.hub import check_folder, collect_upload, find_stage_grid, push_folder
 from diffusers_dod.hub.__main__ import main
 from diffusers_dod.hub.card import build_card
@@ -314,6 +314,18 @@ def test_card_says_what_the_folder_holds_and_nothing_else(folder):
     card = ModelCard(build_card(folder, "user/model", "mit", base_model="facebook/DiT-XL-2-256", has_picture=True))
     assert card.data.datasets == ["mnist"] and card.data.base_model == "facebook/DiT-XL-2-256"
     assert "| ema_decay | 0.9 |" in card.text and "](stages.png)" in card.text
+
+
+def test_a_weaker_model_goes_along_and_is_on_the_card(folder):
+    assert "autoguidance" not in build_card(folder, "user/model", "mit")
+    pipe = DoDPipeline.from_pretrained(folder)
+    weak = DoDTransformer2DModel.from_config({**pipe.transformer.config, "num_layers": 1})
+    DoDPipeline.from_pretrained(folder, weak_transformer=weak).save_pretrained(folder)
+    assert check_folder(folder, license="mit") == []
+    card = build_card(folder, "user/model", "mit")
+    assert f"| weaker transformer, for autoguidance | {weak.num_parameters() / 1e6:.2f} M parameters |" in card
+    files = {"config.json", "diffusers_dod.py", "diffusion_pytorch_model.safetensors"}
+    assert {f"weak_transformer/{name}" for name in files} <= set(collect_upload(folder, card))
 
 
 def test_newest_sample_grid_is_the_picture(folder):

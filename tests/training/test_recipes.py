@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import tiny_vae
+from helpers import tiny_coded_pipeline, tiny_embedder, tiny_transformer, tiny_vae
 from original_models import load_original
 from safetensors.torch import save_file
 from training_runs import EXAMPLES, arguments, write_digits
@@ -27,6 +27,7 @@ from diffusers_dod.training.train_codes import parse_args as parse_code_args
 PATHS = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 CODE_RECIPES = [path for path in PATHS if path.stem.endswith("_codes")]
 RECIPES = [pytest.param(path, id=path.stem) for path in PATHS if "\ntransformer_config:" in path.read_text()]
+CONTINUED = [path for path in PATHS if path.stem.endswith("_transformer")]
 # Those that start from the weights of a public model, by the tiny checkpoint of it
 CONVERTED = {"lightningdit": "lightningdit", "repae": "sit", "jit": "jit"}
 NARROW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "adaln_rank": 4}
@@ -112,8 +113,28 @@ def test_a_recipe_trains_at_a_reduced_width(recipe, tmp_path):
     assert DoDPipeline.from_pretrained(tmp_path / "run").transformer.config.num_layers == 1
 
 
-def test_every_recipe_is_of_either_kind():
-    assert len(RECIPES) + len(CODE_RECIPES) + len(CONVERTED) == len(PATHS)
+@pytest.mark.parametrize("recipe", CONTINUED, ids=lambda path: path.stem)
+def test_a_recipe_of_further_training_leaves_the_rest_of_the_pipeline(recipe, tmp_path):
+    from diffusers_dod.training.__main__ import train_model
+
+    transformer = tiny_transformer(in_channels=1, num_classes=3, sample_size=14, prediction_type="flow")
+    statistics = {"codes_mean": [0.1, -0.2], "codes_std": [0.5, 2.0]}
+    sizes = {"in_channels": 1, "sample_size": 14, "patch_size": 7, "output_patch_size": 2}
+    embedder = tiny_embedder(**sizes, **statistics, noise_level_input=True)
+    code_model = tiny_transformer(in_channels=2, num_classes=3, sample_size=2, prediction_type="flow")
+    models = {"transformer": transformer, "latent_embedder": embedder, "code_transformer": code_model}
+    tiny_coded_pipeline(**models).save_pretrained(tmp_path / "coded")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "coded", "--train_data_dir", write_digits(tmp_path / "data")]
+    flags += ["--train_batch_size", 2, "--max_train_steps", 2, "--report_to", "none", "--mixed_precision", "no"]
+    assert train_model(["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), *map(str, flags)]) == 0
+    before, after = (DoDPipeline.from_pretrained(tmp_path / folder) for folder in ("coded", "run"))
+    for name in ("transformer", "latent_embedder", "code_transformer"):
+        old, new = (getattr(pipe, name).state_dict() for pipe in (before, after))
+        assert all(torch.equal(old[key], new[key]) for key in old) == (name != "transformer")
+
+
+def test_every_recipe_is_of_some_kind():
+    assert len(RECIPES) + len(CODE_RECIPES) + len(CONTINUED) + len(CONVERTED) == len(PATHS)
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -228,6 +228,7 @@ def build_card(
         bottleneck_dim=embedder["bottleneck_dim"],
         code_millions=f"{codes / 1e6:.2f}" if (codes := _count_parameters(folder / "code_transformer")) else None,
         code_guidance_scale=index.get("code_guidance_scale", 1.0),
+        weak_millions=f"{weak / 1e6:.2f}" if (weak := _count_parameters(folder / "weak_transformer")) else None,
         training=_cells(training_table(training)),
         evaluation=_cells({key: value for key, value in evaluation.items() if key != "results"}),
         results=[_cells(result) for result in evaluation.get("results", [])],
