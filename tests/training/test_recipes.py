@@ -124,7 +124,12 @@ def test_a_recipe_of_further_training_leaves_the_rest_of_the_pipeline(recipe, tm
     code_model = tiny_transformer(in_channels=2, num_classes=3, sample_size=2, prediction_type="flow")
     models = {"transformer": transformer, "latent_embedder": embedder, "code_transformer": code_model}
     tiny_coded_pipeline(**models).save_pretrained(tmp_path / "coded")
-    flags = ["--pretrained_model_name_or_path", tmp_path / "coded", "--train_data_dir", write_digits(tmp_path / "data")]
+    flags = [
+        "--pretrained_model_name_or_path",
+        tmp_path / "coded",
+        "--train_data_dir",
+        write_digits(tmp_path / "data"),
+    ]
     flags += ["--train_batch_size", 2, "--max_train_steps", 2, "--report_to", "none", "--mixed_precision", "no"]
     assert train_model(["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), *map(str, flags)]) == 0
     before, after = (DoDPipeline.from_pretrained(tmp_path / folder) for folder in ("coded", "run"))
