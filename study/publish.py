@@ -150,10 +150,12 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. The folder
-    half = DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
+    weak = {}
     if args.weak_transformer is not None:
-        half.weak_transformer = DoDTransformer2DModel.from_pretrained(args.weak_transformer, torch_dtype=torch.float16)
-    half.save_pretrained(args.output_dir)
+        weak["weak_transformer"] = DoDTransformer2DModel.from_pretrained(
+            args.weak_transformer, torch_dtype=torch.float16
+        )
+    DoDPipeline.from_pretrained(args.pipeline, dtype=torch.float16, **weak).save_pretrained(args.output_dir)
     for name in ("block.py", "modular_config.json", "modular_model_index.json"):
         (args.output_dir / name).unlink(missing_ok=True)  # these name the folder that they lie in
     for file in (*args.output_dir.glob("*/config.json"), args.output_dir / "model_index.json"):

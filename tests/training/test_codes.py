@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import ClassifierFreeGuidance, UniPCMultistepScheduler
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
 from safetensors.torch import load_file
 from training_runs import assert_equal_tensors, cache_digits, write_digits
@@ -70,14 +70,20 @@ def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tm
     assert pipe([0], num_inference_steps=2).images
 
 
-def test_a_code_model_and_its_guidance_stay_where_the_embedder_does(digits, pipeline, tmp_path):
+def test_what_fits_the_embedder_stays_where_it_does_and_a_guider_always(digits, pipeline, tmp_path):
     coded = train(pipeline, digits, tmp_path / "coded", "--max_train_steps", 1, "--code_guidance_scale", 1.5)
+    parts = {
+        "weak_transformer": DoDPipeline.from_pretrained(pipeline).transformer,
+        "guider": ClassifierFreeGuidance(3.0),
+    }
+    DoDPipeline.from_pretrained(coded, **parts).save_pretrained(coded)
     start = ("--pretrained_model_name_or_path", coded, "--train_data_dir", digits, "--max_train_steps", 1)
     for parts, options in {"transformer": (), "lora": ("--lora_rank", 1), "embedder": ()}.items():
         argv = [*start, "--train", parts, *options, *OPTIONS[2:], "--output_dir", tmp_path / parts]
         assert train_pipeline([str(argument) for argument in argv]) == 0
         pipe = DoDPipeline.from_pretrained(tmp_path / parts)
-        assert (pipe.code_transformer is not None) == (parts != "embedder")
+        assert (pipe.code_transformer is not None) == (pipe.weak_transformer is not None) == (parts != "embedder")
+        assert pipe.guider.guidance_scale == 3.0
         assert pipe.config.code_guidance_scale == (1.0 if parts == "embedder" else 1.5)
 
 

@@ -248,12 +248,13 @@ def build_pipeline(
     if saved is not None:
         saved.transformer.register_to_config(sample_size=derived["sample_size"], prediction_type=args.prediction_type)
         saved.latent_embedder.register_to_config(sample_size=derived["sample_size"])
-        # A code model is that of one embedder: it stays if the embedder does.
-        code_model = {}
+        # A code model and a weaker model are those of one embedder: they stay if the embedder does.
+        kept = {"guider": saved.guider}
         if args.train != ["all"] and "embedder" not in args.train:
-            code_model = {"code_transformer": saved.code_transformer, "code_scheduler": saved.code_scheduler}
-            code_model["code_guidance_scale"] = saved.config.code_guidance_scale
-        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label, **code_model)
+            kept |= {"code_transformer": saved.code_transformer, "code_scheduler": saved.code_scheduler}
+            kept |= {"code_guidance_scale": saved.config.code_guidance_scale}
+            kept |= {"weak_transformer": saved.weak_transformer}
+        return DoDPipeline(saved.transformer, saved.latent_embedder, saved.scheduler, vae, id2label, **kept)
     config.setdefault("num_classes", num_classes)
     own = {**derived, "prediction_type": args.prediction_type}
     transformer = build_model(DoDTransformer2DModel, config, own, "--transformer_config")
