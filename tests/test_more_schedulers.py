@@ -53,6 +53,7 @@ NOISE_CLASSES = dict.fromkeys([*CONFIGS, *(name for name, _ in NOISE_SCHEDULERS.
 FLOW_MATCH_CLASSES = [name for name, _ in FLOW_SCHEDULERS.values() if name.startswith("FlowMatch")]
 REFUSED = [(name, "flow") for name in NOISE_CLASSES]
 REFUSED += [(name, kind) for name in FLOW_MATCH_CLASSES for kind in ("epsilon", "v_prediction", "sample")]
+REFUSED += [(name, "sample") for name, kinds in CONFIGS.items() if kinds is NOISE]
 
 
 @pytest.mark.parametrize("name, kind", REFUSED)
