@@ -203,11 +203,12 @@ def summary_table(studies: list[Results]) -> str:
         values = {name: results.values(name, str(setting), "fd") for name, setting in settings_of.items()}
         row = [results.name]
         for name, setting in settings_of.items():
-            row.append(
-                f"{statistics.mean(values[name].values()):.1f} in {results.evaluations(name, setting):.0f} evaluations"
-            )
-        rows.append([*row, ratios(values["wide codes"], values["class-only"])])
-    return table(["data", "class-only", "one stage from a code model", "ratio of unrounded means (each seed)"], rows)
+            mean, evaluations = statistics.mean(values[name].values()), results.evaluations(name, setting)
+            row.append(f"distance {mean:.1f} with {evaluations:.0f} evaluations")
+        rows.append([*row, ratios(values["wide codes"], values["class-only"]).replace("(", "(per seed: ")])
+    return table(
+        ["images", "class-only", "DoD, one stage from a code model", "ratio of the unrounded distances"], rows
+    )
 
 
 TABLES = {
