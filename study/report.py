@@ -163,7 +163,7 @@ def option_table(studies: list[Results]) -> str:
         "model",
         "FD, unguided",
         "FD, guidance 1.5",
-        "FD, codes of real images",
+        "FD, unguided, codes of real images",
         "FD, pixels, guidance 1.5",
     ]
     return table(head, rows)
