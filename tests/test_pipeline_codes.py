@@ -128,13 +128,16 @@ def test_a_callback_changes_the_codes_guidance_and_stops():
             pipe._guidance_scale = 2.0
         return {}
 
+    seen = []
+
     def stop(pipe, step, timestep, tensors):
+        seen.append(step)
         pipe._interrupt = True
         return {}
 
     plain = sample(pipe)
     assert (sample(pipe, callback_on_step_end=guide).codes - plain.codes).abs().max() > 1e-4
-    assert sample(pipe, callback_on_step_end=stop).images.isfinite().all()
+    assert sample(pipe, callback_on_step_end=stop).images.isfinite().all() and seen == [0]
     assert torch.equal(sample(pipe).images, plain.images)
 
 

@@ -14,7 +14,7 @@ def _normalizes_itself(vae: ModelMixin) -> bool:
 
 
 def vae_spatial_factor(vae: ModelMixin | None) -> int:
-    """Pixels along one side of a latent; 1 without an autoencoder."""
+    """The autoencoder's downsampling factor: image height divided by latent height; 1 without an autoencoder."""
     if vae is None:
         return 1
     if _normalizes_itself(vae):

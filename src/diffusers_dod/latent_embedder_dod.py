@@ -246,7 +246,14 @@ class DoDLatentEmbedder(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         return ((codes - mean) / std).transpose(1, 2).unflatten(2, self.code_grid(height, width))
 
     def denormalize_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`~DoDLatentEmbedder.normalize_codes`]."""
+        """The inverse of [`~DoDLatentEmbedder.normalize_codes`].
+
+        Args:
+            codes (`torch.Tensor`): normalised codes, `(batch, bottleneck_dim, rows, columns)`.
+
+        Returns:
+            `torch.Tensor`: `(batch, rows * columns, bottleneck_dim)`.
+        """
         codes = codes.flatten(2).transpose(1, 2)
         mean, std = self._code_statistics(codes)
         return codes * std + mean

@@ -152,7 +152,11 @@ class DoDInputStep(ModularPipelineBlocks):
             InputParam("height", int, description="Height in pixels, by default the model's."),
             InputParam("width", int, description="Width in pixels, by default the model's."),
             InputParam("latents", torch.Tensor, description="Standard normal noise for the first stage that runs."),
-            InputParam("prior_source", str, description="`codes` (default where there is a code model) or `stage`."),
+            InputParam(
+                "prior_source",
+                str,
+                description="`codes` (default with a code model or `codes`) or `stage` (otherwise and with `image`).",
+            ),
             InputParam("image", PriorImage, description="Your own picture in the place of stage 1's sample."),
             InputParam(
                 "guidance_drop", str, description="What guidance's second branch goes without, as in `DoDPipeline`."
@@ -436,7 +440,17 @@ class DoDDecodeStep(ModularPipelineBlocks):
 class DoDStages(SequentialPipelineBlocks):
     """Class-conditional generation in stages (Yue et al. 2024, arXiv 2410.08531) as Modular Diffusers blocks.
 
-    What [`DoDPipeline`] draws with the same guider, to the bit.
+    With the same `guider`, the images are bit-identical to those of [`DoDPipeline`]. The defaults differ: where a saved
+    pipeline has no guider, the stages are guided by `ClassifierFreeGuidance(guidance_scale=1.25, start=0.25, stop=0.75)`.
+
+    Examples:
+        ```py
+        >>> from diffusers_dod import DoDStages
+
+        >>> pipe = DoDStages().init_pipeline("examples/pretrained/digits")
+        >>> pipe.load_components()
+        >>> images = pipe(class_labels=[3, 7]).images
+        ```
     """
 
     block_classes = [DoDInputStep, DoDPriorStep, DoDStageLoop, DoDDecodeStep]
@@ -451,14 +465,16 @@ class DoDStages(SequentialPipelineBlocks):
         return [OutputParam("images", Any, "Images in the form that `output_type` names.")]
 
     def init_pipeline(self, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> ModularPipeline:
-        """A pipeline of these blocks, from the `model_index.json` of a folder or a repository; no code there is run.
+        """Makes a pipeline of these blocks without weights; its `load_components()` loads them.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): what `DoDPipeline` saved or pushed.
+            pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
+                what [`DoDPipeline`] saved or pushed. Only its `model_index.json` is read; no code there is run. Without
+                it, add the components with `update_components`.
             kwargs: `components_manager` and `collection`, as in diffusers.
 
         Raises:
-            ValueError: for another pipeline's folder, or a component of a foreign module.
+            ValueError: if it is another pipeline's, or a component's class is of a module that was not imported before.
         """
         if pretrained_model_name_or_path is None:
             return super().init_pipeline(**kwargs)

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """Arguments of [`DoDTransformer2DModel`], of the [`DoDLatentEmbedder`] that fits it, latents aside, and of a code model.
+    """Constructor arguments of one model size, without those that depend on the data, such as `sample_size`.
 
-    A code model has two to four per cent of the transformer's parameters.
+    Args:
+        transformer (`dict`): for [`DoDTransformer2DModel`].
+        latent_embedder (`dict`): for the [`DoDLatentEmbedder`] that fits this transformer.
+        code_transformer (`dict`):
+            for the code model, a [`DoDTransformer2DModel`] with 2 to 4 % of the transformer's parameters.
     """
 
     transformer: dict[str, Any]
@@ -48,3 +52,4 @@ PRESETS = {
     "XL": _preset(36, 16, 72, 4, 16, 24, 8, 6),
     "3B": _preset(40, 24, 96, 4, 24, 32, 12, 10),
 }
+"""A [`Preset`] by name, from `"S"` to `"3B"`; used as in `DoDTransformer2DModel(**PRESETS["B"].transformer)`."""

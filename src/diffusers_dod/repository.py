@@ -313,10 +313,14 @@ class DoDRepositoryMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
-            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, ...
+            kwargs:
+                as in [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, ...
+                `trust_remote_code` is ignored.
 
         Raises:
-            ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
+            ValueError: if the folder holds another pipeline or a training checkpoint, if a component's class is of a
+                module that is neither diffusers, transformers, this package nor imported before, or if weights are
+                pickled or lack tensors.
         """
         source = str(pretrained_model_name_or_path)
         kwargs.pop("trust_remote_code", None)
@@ -378,8 +382,11 @@ class DoDRepositoryMixin:
 
         Args:
             save_directory (`str` or `os.PathLike`): a folder, made if need be.
-            push_to_hub (`bool`, defaults to `False`): whether to push as well, see [`push_to_hub`].
-            kwargs: `variant`, `max_shard_size`, ... of [`DiffusionPipeline.save_pretrained`], or of the push.
+            push_to_hub (`bool`, defaults to `False`): whether to also push with [`~DoDPipeline.push_to_hub`].
+            kwargs:
+                of [`DiffusionPipeline.save_pretrained`], such as `variant` and `max_shard_size`. With
+                `push_to_hub=True`, all but `safe_serialization` and `max_shard_size` go to the push, which needs
+                `license`; `repo_id` is by default the folder's name.
         """
         weights = kwargs
         if push_to_hub:

@@ -60,7 +60,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
     One set of weights serves every stage. Without prior tokens it is a class-conditional transformer (stage 1); with
     them, the tokens of [`DoDLatentEmbedder`] are added to the patch embedding of the noisy latents, which costs
     nothing per step. All-zero prior tokens equal no prior, so rows with and without a prior can share a batch. The output
-    starts at zero.
+    projection of a new model is zero.
 
     Parameters:
         sample_size (`int` or pair of `int`, defaults to 32):
@@ -77,9 +77,10 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             `num_attention_heads * attention_head_dim`.
         num_classes (`int`, defaults to 1000):
             Classes. Label `num_classes` is the null class; 0 makes an unconditional model, whose only label is 0.
-        mlp_ratio (`float`, defaults to 4.0): Feed-forward width over the model's, before SwiGLU's factor of 2/3.
+        mlp_ratio (`float`, defaults to 4.0):
+            Hidden width of the feed-forward relative to the model's width; with SwiGLU, 2/3 of that.
         adaln_rank (`int`, *optional*):
-            Rank of each block's own modulation, a quarter of the width by default; unused if it is full.
+            Rank of each block's own modulation, by default a quarter of the width; unused if `adaln_type` is `"full"`.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         timestep_scale (`float`, defaults to 1.0):
             The sinusoidal embedding reads `timestep_offset + timestep_scale * timestep`. A model whose time runs from
@@ -115,7 +116,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         in_context_len (`int`, defaults to 0):
             Number of class tokens: copies of the class embedding, each plus a learned one, before the tokens of the latents
             (JiT).
-        in_context_start (`int`, defaults to 0): First block that sees the class tokens.
+        in_context_start (`int`, defaults to 0): Index, from 0, of the first block that sees the class tokens.
         noise_scale (`float`, defaults to 1.0):
             Standard deviation of the noise that the network takes (JiT has 2 at 512 pixels). `forward` still takes unit
             noise and returns its velocity, so schedulers and losses stay the same: the network sees the noisy latents
@@ -297,7 +298,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         """
         Args:
             hidden_states (`torch.Tensor`): noisy latents, `(batch, in_channels, height, width)`.
-            timestep (`torch.Tensor`): `(batch,)` or a scalar, in [0, 1000]; 1000 * sigma for flow matching.
+            timestep (`torch.Tensor`): `(batch,)` or `()`, in [0, 1000]; 1000 * sigma for flow matching.
             class_labels (`torch.Tensor`): `(batch,)` of integers in `[0, num_classes]`, `num_classes` the null class.
             encoder_hidden_states (`torch.Tensor`, *optional*):
                 Prior tokens, `(batch, height/patch * width/patch, width of the model)`. `None` is stage 1; a row of

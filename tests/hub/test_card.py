@@ -122,6 +122,11 @@ def test_what_is_no_repository_is_refused(argument, text, folder):
         push_folder(folder, **arguments | {argument: [text] if argument == "datasets" else text})
 
 
+def test_a_variant_of_another_precision_is_refused(folder):
+    with pytest.raises(ValueError, match="`variant` is 'int8'; use 'fp16' or 'bf16'"):
+        push_folder(folder, "user/model", license="mit", dry_run=True, variant="int8")
+
+
 ODD = [
     "a```b",
     "`rm -rf`",

@@ -269,7 +269,7 @@ def _normalizes_itself(vae: ModelMixin) -> bool:
 
 
 def vae_spatial_factor(vae: ModelMixin | None) -> int:
-    """Pixels along one side of a latent; 1 without an autoencoder."""
+    """The autoencoder's downsampling factor: image height divided by latent height; 1 without an autoencoder."""
     if vae is None:
         return 1
     if _normalizes_itself(vae):
@@ -1695,10 +1695,14 @@ class DoDRepositoryMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or a repository of the Hub.
-            kwargs: as in [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, ...
+            kwargs:
+                as in [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, ...
+                `trust_remote_code` is ignored.
 
         Raises:
-            ValueError: for another pipeline's folder, a component of a foreign module, or pickled weights.
+            ValueError: if the folder holds another pipeline or a training checkpoint, if a component's class is of a
+                module that is neither diffusers, transformers, this package nor imported before, or if weights are
+                pickled or lack tensors.
         """
         source = str(pretrained_model_name_or_path)
         kwargs.pop("trust_remote_code", None)
@@ -1760,8 +1764,11 @@ class DoDRepositoryMixin:
 
         Args:
             save_directory (`str` or `os.PathLike`): a folder, made if need be.
-            push_to_hub (`bool`, defaults to `False`): whether to push as well, see [`push_to_hub`].
-            kwargs: `variant`, `max_shard_size`, ... of [`DiffusionPipeline.save_pretrained`], or of the push.
+            push_to_hub (`bool`, defaults to `False`): whether to also push with [`~DoDPipeline.push_to_hub`].
+            kwargs:
+                of [`DiffusionPipeline.save_pretrained`], such as `variant` and `max_shard_size`. With
+                `push_to_hub=True`, all but `safe_serialization` and `max_shard_size` go to the push, which needs
+                `license`; `repo_id` is by default the folder's name.
         """
         weights = kwargs
         if push_to_hub:
@@ -1790,11 +1797,13 @@ FIRST_GUIDANCE, LATER_GUIDANCE, CODES_GUIDANCE = 1.5, 1.25, 2.0
 class DoDPipelineOutput(BaseOutput):
     """
     Args:
-        images (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the last stage's samples.
-        stages (`list`, *optional*): every stage's samples, the first that ran first; `None` unless asked for.
+        images (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The last stage's samples: PIL images, an array `(images, height, width, channels)` or a tensor `(images,
+            channels, height, width)` in [0, 1], or latents.
+        stages (`list`, *optional*): the same of every stage that ran, in order; `None` unless `return_stages=True`.
         codes (`torch.Tensor`, *optional*):
-            What the first stage with a prior saw, `(images, rows * columns, bottleneck_dim)`: generated, the user's own,
-            or those of the stage before. `None` if no stage had a prior.
+            Codes behind the first prior, without added noise, `(images, rows * columns, bottleneck_dim)`: generated,
+            passed in, or encoded from `image` or the stage before. `None` if no stage had a prior.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -1805,25 +1814,26 @@ class DoDPipelineOutput(BaseOutput):
 class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, DiffusionPipeline, DoDLoraLoaderMixin):
     r"""Class-conditional image generation by Diffusion on Diffusion (Yue et al. 2024, arXiv 2410.08531).
 
-    Stage 1 sees the class only. Every later stage restarts from noise and also sees the prior tokens that the latent
-    embedder extracts from the stage before; the embedder runs once per stage. With a code model the codes come from
-    there, and every stage sees a prior.
+    Stage 1 sees the class only. Every later stage restarts from noise and also sees prior tokens: once per stage, the
+    latent embedder compresses the previous stage's sample to codes, a few numbers per patch, and decodes these to tokens.
+    With a code model, the codes of the first stage are generated instead, so every stage sees a prior.
 
     Parameters:
         transformer ([`DoDTransformer2DModel`]): denoiser of all stages.
-        latent_embedder ([`DoDLatentEmbedder`]): makes prior tokens of latents.
-        scheduler ([`SchedulerMixin`]): any of diffusers' schedulers that reads the transformer's prediction type.
-        vae ([`ModelMixin`], *optional*): image autoencoder; `None` is pixel space.
+        latent_embedder ([`DoDLatentEmbedder`]): turns latents into prior tokens.
+        scheduler ([`SchedulerMixin`]):
+            A diffusers scheduler for the transformer's prediction type; an unsupported one is refused in the call.
+        vae ([`ModelMixin`], *optional*): image autoencoder; `None` for a model of pixels.
         id2label (`dict` of `str` or `int` to `str`, *optional*):
             Class id to name, saved in the pipeline's config. A name may hold synonyms separated by commas.
         code_transformer ([`DoDTransformer2DModel`], *optional*):
             Model of the codes: denoises the embedder's normalised codes, `(batch, bottleneck_dim, rows, columns)`.
         code_scheduler ([`SchedulerMixin`], *optional*): its scheduler.
         guider ([`BaseGuidance`], *optional*):
-            One of diffusers' guiders, in the place of `guidance_scale`; it guides the stages, not the code model.
+            One of diffusers' guiders, instead of `guidance_scale`; it guides the stages, not the code model.
         weak_transformer ([`DoDTransformer2DModel`], *optional*):
-            A weaker model of the same classes and latents, which makes the second branch of guidance: autoguidance (Karras
-            et al. 2024, arXiv 2406.02507). An early checkpoint of `transformer`, say.
+            A weaker model for autoguidance (Karras et al. 2024, arXiv 2406.02507), such as an early checkpoint of
+            `transformer` or one with fewer layers; of the same classes, latents, patch size and width.
         code_guidance_scale (`float`, defaults to 1.0):
             Class guidance of the code model in calls that do not name any, saved in the pipeline's config.
     """
@@ -1882,11 +1892,11 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         self.image_processor = make_image_processor(vae, transformer.config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Pushes the pipeline with its code and a model card in one commit; returns the commit's address.
+        """Pushes the pipeline with its code and a model card in one commit; returns the commit's URL.
 
         Args:
-            repo_id (`str`): repository, made if need be.
-            kwargs: arguments of [`diffusers_dod.hub.push_folder`], such as `license`, `private`, `variant`, `token`.
+            repo_id (`str`): repository, created if missing.
+            kwargs: arguments of [`diffusers_dod.hub.push_folder`]: `private`, `token`, ...; `license` is required.
         """
         try:
             from diffusers_dod.hub.push import push_pipeline
@@ -2008,6 +2018,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device=device, dtype=dtype)
 
+    @torch.no_grad()
     def generate_codes(
         self,
         class_ids: torch.Tensor,
@@ -2019,9 +2030,16 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> torch.Tensor:
-        """Codes of the code model for images of a size, `(images, rows * columns, bottleneck_dim)`.
+        """Generates codes with the code model, guided by the class in every step.
 
-        The other arguments are those of the call; guidance is by the class, in every step.
+        Args:
+            class_ids (`torch.Tensor`): `(images,)` of integers, on the code model's device.
+            height (`int`): Height in pixels of the images that the codes are for.
+            width (`int`): Width in pixels.
+            guidance_scale (`float`, defaults to 1.0): Class guidance; the config's `code_guidance_scale` is not used.
+
+        Returns:
+            `torch.Tensor`: `(images, rows * columns, bottleneck_dim)`, not normalised.
         """
         self._guidance_scale, self._prior_guidance_scale = guidance_scale, None
         grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
@@ -2071,6 +2089,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             stage = f"Stage {self._current_stage}/{self._num_stages}" if self._current_stage else "Codes"
             progress_bar.set_description(stage)
             for i, timestep in enumerate(run.timesteps):
+                if self._interrupt:
+                    break
                 self._current_timestep = timestep
                 latents = run.step(i, latents, guidance, class_ids, prior_tokens)
                 if callback_on_step_end is not None:
@@ -2080,8 +2100,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                     changed = callback_on_step_end(self, first_step + i, timestep, callback_kwargs)
                     latents, prior_tokens = changed_tensors(changed, latents=latents, prior_tokens=prior_tokens)
                 progress_bar.update()
-                if self._interrupt:
-                    break
         self._current_timestep = None
         return latents
 
@@ -2126,21 +2144,23 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             class_labels (`int`, `str`, `None`, or a `list` or `torch.Tensor` of them):
                 Class ids in `[0, num_classes)` or names of `id2label`; `None` is an unconditional sample.
             num_stages (`int`, *optional*):
-                Stages, each with the sample of the one before as its prior: 2 by default. From codes, those after the
-                codes: 1 by default.
+                Number of stages. By default 2, or 1 from codes, whose generation is not counted. With `image`, the
+                skipped stage 1 is counted, so at least 2 are needed; lists then also have an entry for it.
             num_inference_steps (`int` or `list` of `int`, defaults to 30): Denoising steps, one entry per stage or one for all.
             guidance_scale (`float` or `list` of `float`, *optional*):
                 Strength of classifier-free guidance; 1 turns it off. One entry per stage or one for all. By default 1.5 in
-                a stage without a prior, 1.25 in a stage after another, and 2 in one that starts from codes. A guider has its own.
+                a stage without a prior, 2 straight from codes, 1.25 after a stage or `image`. Not with a `guider`.
             prior_guidance_scale (`float` or `list` of `float`, *optional*):
-                A scale of its own for the prior, at the cost of a third row per sample; `guidance_scale` is then the
-                class's alone and `guidance_drop` is not read.
+                Separate guidance scale for the prior; each guided step then makes a third prediction, and
+                `guidance_scale` guides by the class only. In a stage without a prior, `guidance_drop` still applies. Not
+                with a `guider` or a `weak_transformer`.
             guidance_drop (`str`, *optional*):
-                What the second branch of guidance goes without: `"class"` (default), `"prior"`, `"both"`, or `"nothing"`,
-                which is the default with a `weak_transformer` and suits guiders that skip layers.
-            guidance_interval (pair of `float`, or a `list` of them, *optional*):
-                The part of a stage's steps that is guided, as fractions of their number from noise (0) to sample (1), by
-                default `(0.25, 0.75)`; `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+                The condition left out of guidance's second prediction: `"class"` (default), `"prior"`, `"both"`, or
+                `"nothing"`, the default with a `weak_transformer`, which needs that model or a guider that changes layers.
+            guidance_interval (`tuple` of two `float`, or a `list` of such tuples, *optional*):
+                The steps that are guided, as fractions of the stage's steps from noise (0) to sample (1), by default
+                `(0.25, 0.75)`; `(0, 1)` guides every step (Kynkäänniemi et al. 2024, arXiv 2404.07724). One tuple for all
+                stages or a list with one per stage. Not with a `guider`.
             num_images_per_prompt (`int`, defaults to 1): Images per label.
             height (`int`, *optional*):
                 Height in pixels; by default that of `latents`, or the transformer's `sample_size` times the VAE's factor.
@@ -2151,22 +2171,25 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 Standard normal noise for the first stage that runs, `(images, channels, height, width)`. Later stages
                 draw from `generator`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list, *optional*):
-                Your own picture in the place of stage 1's sample; stage 1 is then skipped. One for all images or one per
-                label, in [0, 1] where it is an array; a tensor of the latents' shape is taken as latents.
+                Your own picture in place of stage 1's sample; stage 1 is then skipped. One for all images, one per label
+                or one per image. PIL images are resized and cropped; arrays `(..., height, width, channels)` and tensors
+                `(..., channels, height, width)` hold values in [0, 1] and are resized. A tensor is taken as latents if it
+                has their shape (with a VAE) or negative values (without one).
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`] or a tuple.
             return_stages (`bool`, defaults to `False`): Whether to also return every stage's samples.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, kwargs)` after each step, `step` counting over all
-                stages; returns a dict with the tensors it changed. It may set `pipeline._guidance_scale` and
-                `pipeline._prior_guidance_scale` (until the stage ends, where a list gives the next stage its own) and
-                stop everything by `pipeline._interrupt = True`. While codes are drawn, `pipeline.current_stage` is 0 and
-                the latents are the normalised codes.
+                Called as `callback(pipeline, step, timestep, kwargs)` after each step; `step` counts from 0 over the
+                code model and all stages. Returns a dict of the tensors that it changed. It may set
+                `pipeline._guidance_scale` and `pipeline._prior_guidance_scale`: for the rest of the call, or of the
+                stage if that argument is a list, as the default `guidance_scale` is.
+                `pipeline._interrupt = True` ends the call with the sample as it is. During code generation,
+                `pipeline.current_stage` is 0 and `latents` are the normalised codes.
             callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
                 Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
             prior_source (`str`, *optional*):
-                `"codes"` starts from codes of the code model, `"stage"` from stage 1, which sees the class only. By default
-                codes where there is a code model or `codes` are given.
+                `"codes"` starts from the given `codes` or the code model's, `"stage"` from stage 1 or `image`. By default
+                `"stage"` with `image`, else `"codes"` if `codes` are given or there is a code model, else `"stage"`.
             codes (`torch.Tensor`, *optional*):
                 Your own codes, as `.codes` of an output or `latent_embedder.encode` has them, `(images, rows * columns,
                 bottleneck_dim)`; also one set for all images or one per label.
@@ -2174,8 +2197,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             code_guidance_scale (`float`, *optional*):
                 Class guidance of the code model, in every step; by default the pipeline's own.
             code_noise_level (`float`, *optional*):
-                Noise on the codes that a stage sees, in [0, 1] of their size; 0.3 by default. Only for an embedder with
-                `noise_level_input`, which is told the level. The codes that are returned are without it.
+                Noise on the codes that a stage sees, relative to their root mean square, in [0, 1]; 0.3 by default. Only
+                for an embedder with `noise_level_input`, which reads the level. Returned codes are without this noise.
 
         Examples:
             ```py
@@ -2188,7 +2211,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             ```
 
         Returns:
-            [`DoDPipelineOutput`] or `tuple`: the images, and the list of all stages' where asked for.
+            [`DoDPipelineOutput`], or with `return_dict=False` the tuple `(images,)` or `(images, stages)`.
 
         Raises:
             ValueError: for arguments that do not fit the model, the scheduler or each other.

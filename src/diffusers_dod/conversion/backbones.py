@@ -48,7 +48,11 @@ def convert_checkpoint(
     in_channels: int | None = None,
     noise_scale: float | None = None,
 ) -> ConvertedBackbone:
-    """[`convert_backbone`] with notes on what was found, and by default the published head count of the width."""
+    """[`convert_backbone`] that also returns notes on the checkpoint and the statistics of its latents.
+
+    The arguments are those of [`convert_backbone`], but `num_attention_heads` is by default read from rotary tables in the
+    checkpoint, or else that of the published model of the same width.
+    """
     check_choice("source", source, SOURCES)
     sizes = {"num_attention_heads": num_attention_heads, "sample_size": sample_size, "in_channels": in_channels}
     for name, value in sizes.items():
@@ -121,7 +125,8 @@ def convert_backbone(
             Channels of the latents, which are refused if they are not the checkpoint's; 4 by default for `"fitv2"`, where no
             tensor determines them.
         noise_scale (`float`, *optional*):
-            JiT's standard deviation of the noise; by default 1 up to 256 pixels and growing with the size, so 2 at 512.
+            Standard deviation of JiT's noise, refused for other sources; by default 1 up to 256 pixels and size / 256
+            above.
 
     Returns:
         [`DoDTransformer2DModel`]: in float32, on the CPU, in eval mode.

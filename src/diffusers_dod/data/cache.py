@@ -14,7 +14,8 @@ that of the whole file, so a shard vouches for itself before there is a manifest
     cache = CachedLatents("latents")
     for batch in DataLoader(cache, batch_size=256, shuffle=True, num_workers=4):
         flipped = torch.rand(len(batch["id"])) < 0.5 if cache.flips else None
-        mean, std = select_flip(batch["mean"], flipped), select_flip(batch["std"], flipped)
+        mean = select_flip(batch["mean"], flipped)
+        std = select_flip(batch["std"], flipped) if "std" in batch else None
         latents = sample_posterior(mean, std, torch.randn(mean.shape))
 """
 

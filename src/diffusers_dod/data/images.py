@@ -60,7 +60,7 @@ def load_labelled_images(
     cache_dir: str | None = None,
     streaming: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str] | None]:
-    """Loads images with their classes, the `train` split where there are several.
+    """Loads images with their classes. Of a Hub dataset or a saved `DatasetDict`, the `train` split is read.
 
     Args:
         folder (`str`, *optional*):
@@ -75,8 +75,8 @@ def load_labelled_images(
         streaming (`bool`): read as training continues instead of preparing everything first.
 
     Returns:
-        the dataset, of columns `image` (undecoded) and `label` (integers), and the names of the classes if they have
-        any. A stream's labels are not checked.
+        the dataset, with the columns `image` (undecoded) and, unless `label_column` is `None`, `label` (integers); and
+        the class names, or `None` if there are none. The labels of a streamed dataset are not checked.
 
     Raises:
         ValueError: if there is nothing to load, or no column of images and one of classes.
@@ -181,11 +181,12 @@ def _inspect(value: dict) -> dict:
 def inspect_images(data: datasets.Dataset, num_proc: int = 0) -> datasets.Dataset:
     """Decodes every image once, with a progress bar.
 
-    `datasets` caches the outcome, so the same files are not decoded again by the next run.
+    `datasets` caches the result, so the next run does not decode the same files again. The exception is a folder of
+    `datasets.save_to_disk`, into which nothing is written.
 
     Args:
-        data (`datasets.Dataset`): of [`load_labelled_images`].
-        num_proc (`int`): processes beside this one.
+        data (`datasets.Dataset`): what [`load_labelled_images`] returned.
+        num_proc (`int`, defaults to 0): worker processes; 0 decodes in this one.
 
     Returns:
         `datasets.Dataset`: a row for each image, of columns `problem`, empty for a good image, `is_gray`, and the file's

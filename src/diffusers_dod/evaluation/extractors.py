@@ -57,11 +57,12 @@ class InceptionExtractor(nn.Module):
 class TransformersExtractor(nn.Module):
     """A transformers vision model: FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) with `facebook/dinov2-large`.
 
-    Features are the pooled output, which for DINOv2 is the normalised class token; images are resized bicubically to what
-    the model was trained on and normalised as its image processor says.
+    Features are the pooled output, which for DINOv2 is the normalised class token. Images are resized bicubically to the
+    square crop size of the model's image processor, whatever their aspect ratio, and normalised with its mean and
+    standard deviation.
 
     Args:
-        name_or_path (`str`): Hub model, or a folder.
+        name_or_path (`str`): Hub model or folder of a vision model with a `pooler_output`.
     """
 
     def __init__(self, name_or_path: str):

@@ -52,8 +52,8 @@ def _symmetric_sqrt(matrix: torch.Tensor) -> torch.Tensor:
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
 
-    The trace of the root is taken of the symmetric `C1^(1/2) C2 C1^(1/2)`, which has the same eigenvalues; so fewer
-    samples than channels do no harm.
+    The trace of the root is computed from the symmetric `C1^(1/2) C2 C1^(1/2)`, which has the same eigenvalues and is
+    stable with fewer samples than channels. Few samples still bias the distance upwards: compare equal numbers.
     """
     root = _symmetric_sqrt(one.covariance)
     eigenvalues = torch.linalg.eigvalsh(root @ other.covariance @ root)
@@ -154,9 +154,12 @@ def precision_recall(
 def density_coverage(
     samples: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2000
 ) -> tuple[float, float]:
-    """How many balls of the reference a sample lies in, over k; and the share of the reference's balls that hold a sample.
+    """Density and coverage of samples with respect to a reference.
 
-    The arguments are [`precision_recall`]'s.
+    A ball around each reference feature reaches to its k-th nearest neighbour. Density is the mean number of balls that a
+    sample lies in, divided by k; it can exceed 1. Coverage is the share of balls that contain a sample.
+
+    The arguments are those of [`precision_recall`], but `k` defaults to 5.
     """
     check_features(samples, reference)
     samples, reference = samples.float(), reference.float()

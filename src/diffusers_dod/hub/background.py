@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class BackgroundPush:
-    """Pushes a model beside a training that continues; a push that fails is logged and does nothing else.
+    """Pushes a model in the background while training continues. A push that fails is only logged as a warning.
 
         push = BackgroundPush("user/model", license="mit")
         push.submit(pipeline.save_pretrained)  # in the loop: saves now, uploads in a thread

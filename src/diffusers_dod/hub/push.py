@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..arguments import check_choice
 from ..cli import first_line
 from ..compatibility import DTYPE_ARGUMENT
 from ..repository import (
@@ -173,13 +174,14 @@ def push_folder(
     Args:
         folder (`str` or `Path`): what `save_pretrained`, `diffusers-dod train` or `save_lora_weights` wrote.
         repo_id (`str`): repository, created if missing.
-        license (`str`, *optional*): Hub licence identifier, needed where the folder has no card.
-        datasets (`list` of `str`, *optional*): Hub datasets used for training, for the card.
-        base_model (`str`, *optional*): repository that it was converted or adapted from; needed for a LoRA.
-        private (`bool`, *optional*): whether a new repository is private.
+        license (`str`, *optional*): Hub licence such as `"apache-2.0"`; required unless the folder's card names one.
+        datasets (`list` of `str`, *optional*): Hub datasets used for training, for a new card.
+        base_model (`str`, *optional*):
+            repository that it was converted or adapted from, for a new card; required for a LoRA without a card.
+        private (`bool`, *optional*): whether a new repository is private; by default as its owner's settings are.
         revision (`str`, *optional*): branch, created if missing; `main` by default.
         create_pr (`bool`, defaults to `False`): whether to open a pull request against `main` instead.
-        variant (`str`, *optional*): `"fp16"` or `"bf16"`, to upload the weights in that precision as well.
+        variant (`str`, *optional*): `"fp16"` or `"bf16"`, to upload a pipeline's weights in that precision as well.
         include_code (`bool`, defaults to `True`): whether the repository carries the code that diffusers alone needs.
         dry_run (`bool`, defaults to `False`): whether to print what would go up and stop there.
         commit_message (`str`): message of the commit.
@@ -195,6 +197,8 @@ def push_folder(
     folder = Path(folder)
     for named in (repo_id, *(datasets or []), *([base_model] if base_model else [])):
         validate_repo_id(named)
+    if variant is not None:
+        check_choice("variant", variant, tuple(VARIANTS))
     if create_pr and revision is not None:
         raise ValueError("a pull request is opened against `main`: leave out either `create_pr` or `revision`")
     problems = check_folder(folder, license)

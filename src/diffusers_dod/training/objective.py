@@ -31,10 +31,10 @@ class DoDLoss(NamedTuple):
     """
     Args:
         total (`torch.Tensor`): mean over the batch, to be differentiated.
-        with_prior (`torch.Tensor`): mean over the rows that saw a prior (NaN if there was none).
-        without_prior (`torch.Tensor`): mean over the rows that did not (NaN if there was none).
-        per_sample (`torch.Tensor`): `(batch,)`, the rows with a prior first.
-        hidden_states (`torch.Tensor`, *optional*): the transformer's, `(batch, tokens, width)`, where asked for.
+        with_prior (`torch.Tensor`): mean over the first `num_prior_rows` rows, detached; NaN if there are none.
+        without_prior (`torch.Tensor`): mean over the other rows, detached; NaN if there are none.
+        per_sample (`torch.Tensor`): `(batch,)`, each row's weighted error, detached, the rows with a prior first.
+        hidden_states (`torch.Tensor`, *optional*): the transformer's, `(batch, tokens, width)`, if a layer was given.
     """
 
     total: torch.Tensor

@@ -48,7 +48,8 @@ def stage_code_maps(pipe: DoDPipeline, stages: list[torch.Tensor]) -> list[list[
     Args:
         pipe ([`DoDPipeline`]): the pipeline that drew the samples.
         stages (`list` of `torch.Tensor`):
-            Latents by stage, `(samples, channels, height, width)` each, as `output_type="latent"` returns them.
+            Latents by stage, `(samples, channels, height, width)` each: an output's `stages` with
+            `output_type="latent"` and `return_stages=True`.
 
     Returns:
         maps of [`code_maps`] by stage and sample; colours mean the same in all of them.

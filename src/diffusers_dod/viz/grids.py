@@ -27,8 +27,9 @@ def stage_grid(
             Titles of the columns, cut to their width; the stages are then titled too. By default there is no text. With k
             times as many pictures as labels, each stage has k rows.
         first_stage (`int`, defaults to 1): The first row's number, 2 for samples of a picture as the prior.
-        scale (`int`, *optional*): Whole factor that enlarges a picture; by default the least that makes it 84 pixels.
-        row_names (`list` of `str`, *optional*): Titles of the rows, in the place of the stages' numbers.
+        scale (`int`, *optional*):
+            Whole factor that enlarges a picture; by default the least that makes its shorter side at least 84 pixels.
+        row_names (`list` of `str`, *optional*): Titles of the rows instead of the stages' numbers; not without `labels`.
 
     Raises:
         ValueError: if there is no picture, or the rows or the labels differ in length.
