@@ -210,7 +210,8 @@ def main():
     print("from diffusers_dod import DoDPipeline")
     print(f'pipe = DoDPipeline.from_pretrained("{pipeline_dir}")')
     print("image = pipe(7).images[0]\n")
-    print(f"To draw in the browser: diffusers-dod demo --model {pipeline_dir}")
+    print('To draw in the browser, first install gradio: pip install "gradio>=6.0"')
+    print(f"Then run: diffusers-dod demo --model {pipeline_dir}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         --output_dir outputs/characters-vae
 
 `output_dir` is what `diffusers-dod cache` and `diffusers-dod train` take as `--vae_name_or_path`. It also receives
-`reconstruction.json` and `reconstructions.png`: held-out images (upper rows) and what the autoencoder makes of them.
+`reconstruction.json` and `reconstructions.png`: held-out images (rows 1 and 3), each above its reconstruction.
 """
 
 import argparse

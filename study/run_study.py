@@ -1,11 +1,12 @@
 """Evidence on real data: class-only models, DoD, and DoD with a model of the codes, at equal training time.
 
     python study/run_study.py digits                                    # under an hour on two CPU cores
-    python study/run_study.py letters emoji --source node_modules --device cuda
+    python study/run_study.py letters --device cuda
+    python study/run_study.py emoji --source node_modules --device cuda
 
 Data flows as: data set -> referee, times per step -> trainings of all variants and seeds -> code models -> samples of every
-setting -> figures -> one JSON per data set in `--output_dir` -> tables and plots (`report.py`). A run whose figures are in
-the JSON is not repeated.
+setting -> figures -> one JSON per run in `--output_dir` -> tables and plots (`report.py`). A run is not repeated if its
+JSON exists.
 """
 
 import argparse

@@ -114,7 +114,10 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high or value in (float("inf"), float("-inf")):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            wanted = f"from {low} to {high}"
+            if high == float("inf"):
+                wanted = "a finite number" + ("" if low == -high else f" of at least {low}")
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's messages name the type

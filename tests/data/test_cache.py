@@ -251,7 +251,7 @@ def test_a_manifest_names_nothing_but_shards_of_its_folder(tmp_path, entry):
     }
     manifest["shards"][1] |= values
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"{file} does not name the shards of this folder"):
+    with pytest.raises(ValueError, match=f"{file} does not list the shards of this folder"):
         CachedLatents(tmp_path / "cache")
 
 
@@ -260,7 +260,7 @@ def test_a_manifest_without_its_shards_is_refused(tmp_path, shards):
     make_cache(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
-    with pytest.raises(ValueError, match="does not name the shards of this folder"):
+    with pytest.raises(ValueError, match="does not list the shards of this folder"):
         CachedLatents(tmp_path)
 
 

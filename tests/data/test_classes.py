@@ -115,6 +115,14 @@ def test_a_stream_may_begin_with_a_broken_image(broken, tmp_path):
     assert len(batch["pixels"]) == 6 and len(set(batch["name"])) == 5
 
 
+def test_where_no_image_can_be_read_skipping_is_no_cure(tmp_path):
+    write(tmp_path / "set", "ab")
+    for file in tmp_path.glob("set/*/*"):
+        file.write_bytes(b"broken")
+    with pytest.raises(BadInput, match="6 of 6 images cannot be read, .*: no image is left"):
+        load(tmp_path, "--train_data_dir", tmp_path / "set", "--resolution", 16, "--on_broken_image", "skip")
+
+
 # 2. Names
 
 
@@ -233,7 +241,7 @@ def test_classes_of_other_names_go_by_position_and_a_table_says_so(model, tmp_pa
     with caplog.at_level(logging.WARNING):
         _, data, _ = load(tmp_path, "--train_data_dir", tmp_path / "set", "--pretrained_model_name_or_path", model)
     assert sorted(set(data.rows["label"][:])) == [0, 1] and data.id2label == {0: "gnu", 1: "zebra"}
-    assert "  0: 'ant' becomes 'gnu'\n  1: 'kite, fighter kite' becomes 'zebra'" in caplog.text
+    assert "  data 'gnu': model 0 ('ant')\n  data 'zebra': model 1 ('kite, fighter kite')" in caplog.text
 
 
 def test_a_number_of_classes_that_leaves_out_a_named_one_is_refused(model, tmp_path):

@@ -83,7 +83,7 @@ def test_what_fails_is_a_warning(error, hub, tmp_path):
 
     scratch: list[str] = []
     hub.error = error
-    push = BackgroundPush("user/model", license="mit")
+    push = BackgroundPush("user/model", license="mit", private=True)
     push.submit(save_fails)
     assert push.running is None and not Path(scratch[0]).exists()
     push.submit(save)
@@ -91,7 +91,7 @@ def test_what_fails_is_a_warning(error, hub, tmp_path):
     created, saved, failed, failed_again, hint = hub.messages
     assert "cannot be made" in created and "could not be saved" in saved and "\n" not in created + saved
     assert failed.startswith("The push to user/model failed: ") and failed_again == failed
-    assert hint == f"To try again: `diffusers-dod hub push '{tmp_path / 'my run'}' user/model --license mit`"
+    assert hint == f"To try again: `diffusers-dod hub push '{tmp_path / 'my run'}' user/model --license mit --private`"
 
 
 def test_a_bug_in_saving_is_no_warning(hub):

@@ -301,6 +301,10 @@ def test_licence_comes_from_the_argument_or_the_card(folder):
     assert problem.startswith("no licence: pass `--license`")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nMine.\n")
     assert check_folder(folder) == []
+    # The card is not changed, so an argument cannot give it a licence.
+    (folder / "README.md").write_text("---\ntags: [a]\n---\nMine.\n")
+    (problem,) = check_folder(folder, "mit")
+    assert problem.startswith("no licence: write `license:`")
     # The user's own card goes up as it is.
     assert collect_upload(folder, "x")["README.md"] == b"x"
 

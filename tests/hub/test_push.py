@@ -467,7 +467,7 @@ def test_whatever_the_network_does_is_one_line(error, call, pushed, monkeypatch,
     monkeypatch.setattr(HfApi, call, fail)
     assert main(["push", str(pushed[0]), "user/x", "--license", "mit"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(" (the cause). To resume, repeat the push: nothing is sent twice")
+    assert line.endswith(" (the cause). To resume, repeat the push: large files that arrived are not sent again")
 
 
 def test_a_bug_stays_a_traceback(pushed, monkeypatch):

@@ -119,7 +119,7 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
         (("--repa_encoder", "cached"), "holds no features"),
         (("--repa_encoder", "facebook/dinov2-base"), "cached latents hold no images"),
         (("--streaming",), "--latents_dir is not for --streaming"),
-        (("--vae_name_or_path", "{other}"), "was made with another VAE than"),
+        (("--vae_name_or_path", "{other}"), "was not made with the VAE of"),
         (("--train_data_dir", "x"), "give one of --train_data_dir, --dataset_name and --latents_dir"),
         (("--push_to_hub",), "--push_to_hub needs --hub_license"),
         (("--evaluation_samples", 8), "--evaluation_samples and --evaluation_reference need each other"),

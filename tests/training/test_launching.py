@@ -53,7 +53,7 @@ def test_too_many_bad_steps_are_status_3_and_one_line(options, tmp_path):
     process = start(PLAIN, tmp_path / "log", tmp_path / "run", *options, *spikes)
     assert process.wait() == 3
     (line,) = lines_of(tmp_path / "log", "diffusers-dod train: error:")
-    assert "2 steps in a row were skipped" in line and "Traceback" not in (tmp_path / "log").read_text()
+    assert "2 updates in a row were skipped" in line and "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_one_run_holds_its_folder_until_a_signal_or_a_kill_and_is_resumed(options, tmp_path):

@@ -304,7 +304,7 @@ def test_a_bad_launch_ends_with_one_line_and_an_exit_code(tmp_path):
         (["--train_data_dir", "{digits}", "--resolution", 14, "--transformer_config", '{{"depth": 3}}'], "'depth'"),
         (
             ["--train_data_dir", "{digits}", "--resolution", 14, "--transformer_config", '{{"num_classes": 2}}'],
-            "3 classes but the model only 2",
+            "the model has 2 classes, but the data or --num_classes has 3",
         ),
         (
             [

@@ -133,7 +133,7 @@ def test_bad_batches_are_skipped_named_and_end_the_run_when_they_do_not_end(digi
         pipeline.transformer.proj_out.bias.fill_(math.nan)
     pipeline.save_pretrained(tmp_path / "broken")
     options = ("--pretrained_model_name_or_path", tmp_path / "broken", "--max_train_steps", 9, "--train_batch_size", 2)
-    with pytest.raises(TooManyBadSteps, match="3 steps in a row were skipped, .*its loss is nan"):
+    with pytest.raises(TooManyBadSteps, match="3 updates in a row were skipped, .*its loss is nan"):
         train_model(
             arguments(
                 tmp_path / "run", *options, "--train_data_dir", digits, "--resolution", 14, "--max_skipped_steps", 2

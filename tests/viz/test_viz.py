@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image, ImageColor
 from torch.utils.tensorboard import SummaryWriter
@@ -186,6 +187,19 @@ def test_a_latent_model_is_drawn_through_its_autoencoder(tmp_path):
     options = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--num_inference_steps", "1"]
     assert main([*options, "--num_stages", "1", "--classes", "0"]) == 0
     assert Image.open(tmp_path / "stages.png").mode == "RGB"
+
+
+def test_a_pipeline_with_a_guider_is_drawn_with_it(tmp_path, capsys):
+    pipe = tiny_pipeline(channels=1)
+    options = ["--num_inference_steps", "4", "--classes", "0"]
+    for scale in (1.0, 3.0):
+        pipe.guider = ClassifierFreeGuidance(scale)
+        pipe.save_pretrained(tmp_path / "model")
+        argv = [*options, "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / str(scale))]
+        assert main(argv) == 0
+    one, three = ((tmp_path / str(scale) / "stages.png").read_bytes() for scale in (1.0, 3.0))
+    assert one != three
+    assert main([*argv, "--guidance_scale", "2"]) == 2 and "guider" in capsys.readouterr().err
 
 
 def test_guided_codes_give_other_pictures(tmp_path):

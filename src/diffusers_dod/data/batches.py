@@ -124,10 +124,10 @@ def load_latents(args: argparse.Namespace) -> TrainingData:
         cache = CachedLatents(args.latents_dir)
     if args.random_flip and not cache.flips:
         raise BadInput(
-            f"{args.latents_dir} holds no mirrored images: cache it with --flips, or leave out --random_flip"
+            f"{args.latents_dir} holds no mirrored images: make a new cache with --flips, or leave out --random_flip"
         )
     if args.repa_encoder is not None and not cache.settings["features"]:
-        raise BadInput(f"{args.latents_dir} holds no features: cache it with --repa_encoder")
+        raise BadInput(f"{args.latents_dir} holds no features: make a new cache with --repa_encoder")
     resolution = cache.settings["resolution"]
     if args.resolution not in (None, resolution):
         raise BadInput(

@@ -110,7 +110,10 @@ def check_shard_list(folder: Path, manifest: dict[str, Any]) -> None:
     shards, settings = manifest["shards"], manifest["settings"]
     count = -(-settings["count"] // settings["shard_size"])
     if not isinstance(shards, list) or len(shards) != count or not all(map(is_entry, shards)):
-        raise ValueError(f"{folder / MANIFEST_NAME} does not name the shards of this folder: {ADVICE}.")
+        raise ValueError(
+            f"{folder / MANIFEST_NAME} does not list the shards of this folder: repeat the `diffusers-dod cache` command of "
+            "this folder, which rewrites the list."
+        )
 
 
 def tensor_names(settings: dict[str, Any]) -> set[str]:

@@ -29,7 +29,7 @@ def check_images(
     rows = [row for row, problem in enumerate(problems) if not problem]
     broken = [problem for problem in problems if problem]
     if broken and (args.on_broken_image == "stop" or not rows):
-        skip = "pass --on_broken_image skip to leave them out"
+        skip = "pass --on_broken_image skip to leave them out" if rows else "no image is left"
         raise BadInput(f"{len(broken)} of {len(problems)} images cannot be read, the first is {broken[0]}: {skip}")
     if broken:
         logger.warning("\n  ".join([f"Skipped {len(broken)} images, {len(rows)} are left:", *broken]))

@@ -64,8 +64,8 @@ def _list(names: list[str], most: int = 5) -> str:
 
 def position_table(class_names: list[str], id2label: dict[int, str]) -> str:
     """What becomes of the model's classes where no name is one of its labels: a line for each class of the data."""
-    lines = [f"  {i}: {id2label.get(i, 'no name')!r} becomes {name!r}" for i, name in enumerate(class_names)]
-    return "\n".join(["No class of the data has a name of the model's, so classes go by their position:", *lines])
+    lines = [f"  data {name!r}: model {i} ({id2label.get(i, 'no name')!r})" for i, name in enumerate(class_names)]
+    return "\n".join(["No class name of the data is a label of the model, so they are matched by position:", *lines])
 
 
 def _relabel(row: dict, ids: list[int]) -> dict:

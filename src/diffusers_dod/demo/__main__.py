@@ -2,7 +2,7 @@
 
     diffusers-dod demo --model outputs/mine
 
-Gradio's environment variables, such as GRADIO_SERVER_PORT, set the address. Needs `pip install "diffusers-dod[demo]"`.
+Gradio's environment variables, such as GRADIO_SERVER_PORT, set the address. Needs gradio: `pip install "gradio>=6.0"`.
 """
 
 import os
@@ -28,7 +28,7 @@ def show(argv: list[str]) -> None:
     try:
         from .page import serve
     except ImportError as error:
-        raise BadInput(f'the demo needs gradio ({error}): `pip install "diffusers-dod[demo]"`') from error
+        raise BadInput(f'the demo needs gradio ({error}): `pip install "gradio>=6.0"`') from error
     with bad_input():
         serve(args.model)
 

@@ -1,13 +1,14 @@
-"""Compares samples with a reference by the metrics that papers report, and writes one JSON.
+"""Compares samples with a reference by the metrics that papers report, and prints the result as JSON.
 
     diffusers-dod evaluate --samples samples/stage-2.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --extractor inception --output outputs/mine/evaluation.json
 
-Samples and reference are folders of images, `.npz` files of ADM's evaluation (whose statistics are used), folders of
-`datasets.save_to_disk` or Hub datasets. `--extractor` is `inception` (FID, sFID, Inception Score, KID as in
-papers; offline, pass torch-fidelity's file as `--extractor_weights`), or a transformers vision model such as
-`facebook/dinov2-large` (FD-DINOv2). Metric names end with any other network's name. `--settings` adds the
-`sampling.json` of `diffusers-dod sample`; `diffusers-dod hub push` puts the result into the model card.
+Samples and reference are folders of images, `.npz` files in ADM's format, folders of `datasets.save_to_disk` or Hub
+datasets. If the reference is an `.npz` with statistics, FID and sFID use these. `--extractor` is `inception` (FID,
+sFID, Inception Score, KID as in papers; offline, pass torch-fidelity's file as `--extractor_weights`) or a
+transformers vision model such as `facebook/dinov2-large` (FD-DINOv2), whose name is then part of the metrics' names.
+`--settings` adds the `sampling.json` of `diffusers-dod sample`. If `--output` is `evaluation.json` in the model's
+folder, `diffusers-dod hub push` reports it in the model card.
 """
 
 import argparse
@@ -27,10 +28,10 @@ def build_parser() -> Parser:
     add("--samples", required=True, help="what to evaluate")
     add("--reference", required=True, help="what to compare it with")
     add("--extractor", default="inception", help="inception, or a transformers vision model")
-    add("--extractor_weights", help="file of torch-fidelity's Inception weights")
+    add("--extractor_weights", help="file of torch-fidelity's Inception weights; default: downloaded")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="metrics to compute; default: all")
-    add("--resolution", type=number(int, 1), help="side after ADM's centre crop; default: unchanged")
-    add("--settings", type=json_object, default={}, help="sampling.json of the samples")
+    add("--resolution", type=number(int, 1), help="side in pixels after ADM's centre crop; default: images unchanged")
+    add("--settings", type=json_object, help="sampling.json of the samples, for the report; default: none")
     add("--stage", type=number(int, 1), help="stage of the samples, for the report")
     add("--batch_size", type=number(int, 1), default=64, help="images per forward of the extractor")
     add("--num_workers", type=number(int, 0), default=0, help="processes that read images")
@@ -43,7 +44,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if {"is", "kid"} & set(args.metrics) and importlib.util.find_spec("torchmetrics") is None:
-        parser.error("--metrics is and kid need torchmetrics: `pip install torchmetrics`")
+        cure = "`pip install torchmetrics`, or name other metrics with --metrics"
+        parser.error(f"the metrics `is` and `kid` need torchmetrics: {cure}")
     return args
 
 
@@ -60,7 +62,7 @@ def report(args: argparse.Namespace) -> None:
         # 1. Images and network
         if args.output:
             check_writable(args.output)
-        versions = args.settings.get("versions", {})
+        versions = (args.settings or {}).get("versions", {})
         if not isinstance(versions, dict):
             raise BadInput("--settings: `versions` is no JSON object")
         samples, reference = (ImageSet(source, args.resolution) for source in (args.samples, args.reference))
@@ -82,7 +84,7 @@ def report(args: argparse.Namespace) -> None:
         "num_samples": len(samples),
         "num_reference": len(reference),
         "extractor": label,
-        **{key: value for key, value in args.settings.items() if key not in ("model", "weights_sha256")},
+        **{key: value for key, value in (args.settings or {}).items() if key not in ("model", "weights_sha256")},
         "evaluation_seed": args.seed,
         "versions": {**versions, "diffusers-dod": __version__},
         "results": [{**result, **({"stage": args.stage} if args.stage else {})} for result in results],

@@ -39,17 +39,21 @@ def build_parser() -> Parser:
     add("--num_inference_steps", type=positive, nargs="+", default=[30], help="one value, or one per stage")
     scale = "one value, or one per stage; refused with a guider, which has its own; default: 1, no guidance"
     add("--guidance_scale", type=real, nargs="+", help=scale)
-    add("--prior_guidance_scale", type=real, nargs="+", help="separate scale for the prior; default: none")
+    add(
+        "--prior_guidance_scale",
+        type=real,
+        nargs="+",
+        help="separate scale for the prior, one or one per stage; default: none",
+    )
     add("--code_num_inference_steps", type=positive, default=30, help="steps of the code model")
     add(
         "--code_guidance_scale",
         type=real,
         default=1.0,
-        help="class guidance of the code model, whatever the pipeline's default",
+        help="class guidance of the code model; the default saved in the pipeline is not used",
     )
-    add(
-        "--code_noise_level", type=number(float, 0, 1), help="noise on the codes, for an embedder that reads its level"
-    )
+    noise = "noise on the codes, 0 to 1 times their RMS; only for embedders with `noise_level_input`; default: 0.3"
+    add("--code_noise_level", type=number(float, 0, 1), help=noise)
     interval = "guided part of the steps, from noise (0) to sample (1); refused with a guider; default: 0 1"
     add("--guidance_interval", type=number(float, 0, 1), nargs=2, help=interval)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise and of random classes")

@@ -19,6 +19,9 @@ The exit status is 1 if there are problems.
 """
 PUSH = """Checks a saved pipeline or a LoRA, then uploads it to the Hub in one commit.
 
+A `README.md` in the folder is uploaded unchanged as the model card; `--license`, `--dataset` and `--base_model` only
+fill in a new card, which is written if there is none.
+
 A push that was cut off leaves the repository as it was; the next one uploads only the large files that did not arrive.
 """
 
@@ -30,7 +33,8 @@ def build_parser() -> Parser:
     push = commands.add_parser("push", help="check, then upload in one commit", description=PUSH)
     for command in (check, push):
         command.add_argument("folder", help="what `save_pretrained`, `train` or `save_lora_weights` wrote")
-        command.add_argument("--license", help="Hub licence identifier, such as apache-2.0; default: the card's")
+        text = "Hub licence identifier for a new card, such as apache-2.0; unused if the folder has a README.md"
+        command.add_argument("--license", help=text)
     add = push.add_argument
     add("repo_id", help="user/name")
     add("--dataset", action="append", dest="datasets", help="Hub dataset used for training; may be repeated")

@@ -64,6 +64,7 @@ class BackgroundPush:
         if address is None:
             command = ["diffusers-dod", "hub", "push", str(folder), self.repo_id]
             command += ["--license", self.arguments["license"]] if self.arguments.get("license") else []
+            command += ["--private"] if self.arguments.get("private") else []
             logger.warning(f"To try again: `{shlex.join(command)}`")
         else:
             print(f"Pushed: {address}")

@@ -173,8 +173,9 @@ def _check_card(file: Path | None, license: str | None) -> list[str]:
             card_license = ModelCard(file.read_text(encoding="utf-8")).data.get("license")
     except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         problems.append(f"{CARD_NAME}: its head is not valid YAML ({error})")
-    if not license and not card_license:
-        problems.append(f"no licence: pass `--license`, or write `license:` into the head of {CARD_NAME}")
+    if not card_license and (file is not None or not license):
+        cure = "pass `--license`" if file is None else f"write `license:` into the metadata at the top of {CARD_NAME}"
+        problems.append(f"no licence: {cure}")
     return problems
 
 

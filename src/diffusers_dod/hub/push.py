@@ -146,7 +146,8 @@ def _commit(
         )
     except HUB_ERRORS as error:
         cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
-        raise PushFailed(f"{first_line(error)}{cause}. To resume, repeat the push: nothing is sent twice") from error
+        advice = "To resume, repeat the push: large files that arrived are not sent again"
+        raise PushFailed(f"{first_line(error)}{cause}. {advice}") from error
     return commit.pr_url or commit.commit_url
 
 

@@ -18,10 +18,10 @@ grids in `samples/` (columns are classes, with three samples per stage), the log
 `environment.json`.
 
 To resume an interrupted run, repeat the same command; a finished run ends at once with status 0. Only one process, or
-group of processes, can train in a folder at a time. SIGTERM and SIGINT write a checkpoint first and end with 128 plus
-the signal's number, 143 and 130; so does the end of the launcher that started the process. Bad input gives one line and
-status 2. If a checkpoint cannot be written, for instance to a full disk, the older ones stay intact and training
-continues; for the last one, the status is 1. More than `--max_skipped_steps` bad updates in a row give status 3.
+group of processes, can train in a folder at a time. On SIGINT, the command writes a checkpoint and exits with status
+130; on SIGTERM, or if its launcher dies, with status 143. Bad input gives a one-line message and status 2. If a
+checkpoint cannot be written, for instance because the disk is full, the older ones stay intact and training continues;
+if it was the last one, the exit status is 1. More than `--max_skipped_steps` bad updates in a row give status 3.
 `accelerate launch` turns every status but 0 into 1; on one device use `diffusers-dod train`.
 
 Every random number of a step follows from the seed, the step and the row's position in the global batch. A resumed run

@@ -105,7 +105,7 @@ def check_prior_rows(args: argparse.Namespace, accelerator: Accelerator) -> None
     if is_fsdp or args.train == ["embedder"]:
         raise BadInput(
             f"a --train_batch_size of {args.train_batch_size} with a --prior_drop of {args.prior_drop} leaves processes "
-            f"without a prior, which {'FSDP' if is_fsdp else '--train embedder'} cannot do: raise one or lower the other"
+            f"without a prior, which {'FSDP' if is_fsdp else '--train embedder'} cannot do: raise the first or lower the second"
         )
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
@@ -207,8 +207,8 @@ def build_pipeline(
         vae = load_component(AutoModel, **origin, cache_dir=args.cache_dir)
     if args.latents_dir is not None and (vae is None or not vae_settings(vae).items() <= data.rows.settings.items()):
         raise BadInput(
-            f"{args.latents_dir} was made with another VAE than "
-            f"{args.pretrained_model_name_or_path or args.vae_name_or_path or origin['path']} is"
+            f"{args.latents_dir} was not made with the VAE of "
+            f"{args.pretrained_model_name_or_path or args.vae_name_or_path or origin['path']}: cache the latents with it"
         )
     factor = vae_spatial_factor(vae)
     if names_no_size(args):
@@ -239,10 +239,11 @@ def build_pipeline(
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
     model_classes = config.get("num_classes", num_classes)
     if model_classes < num_classes or (args.num_classes is not None and model_classes != num_classes):
-        raise BadInput(f"the data has {num_classes} classes but the model only {model_classes}")
+        raise BadInput(f"the model has {model_classes} classes, but the data or --num_classes has {num_classes}")
     channels = config.get("in_channels", 1 if data.is_gray else 3) if vae is None else vae_latent_channels(vae)
     if vae is None and channels not in (1, 3):
-        raise BadInput(f"pixels have 1 or 3 channels but the model takes {channels}: give its --vae_name_or_path")
+        cure = "pass --vae_name_or_path" if saved is None else "save the pipeline with its autoencoder"
+        raise BadInput(f"pixels have 1 or 3 channels, but the model takes {channels}: {cure}")
     derived = {"sample_size": args.resolution // factor, "in_channels": channels}
 
     if saved is not None:

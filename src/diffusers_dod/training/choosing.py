@@ -106,7 +106,8 @@ def choose_models(
     unit = "pixels" if is_pixels else "latents"
     lines = [
         f"Patch: {patch}x{patch} {unit}, {tokens}x{tokens} tokens, for {size}x{size} {unit} (--transformer_config).",
-        f"Size: {name}{shape.layers} layers of width {shape.heads * shape.head_dim}, for {images} (--preset).",
+        f"Size: {name}{shape.layers} layers of width {shape.heads * shape.head_dim}, for "
+        f"{images if preset else f'{tokens}x{tokens} tokens'} (--preset).",
         f"Codes: {size // code_patch}x{size // code_patch} of {embedder.get('bottleneck_dim', 4)} numbers, for "
         f"{'a code model, with noise whose level is an input' if is_for_codes else 'two stages'} (--prior_drop, "
         "--embedder_config).",
@@ -117,6 +118,7 @@ def choose_models(
     if is_wide:
         if args.logit_mean is None and args.timestep_density in (None, "logit_normal"):
             args.logit_mean = 0.4
+            lines.append("Noise: more than by default, with a mean of 0.4 (--logit_mean).")
         lines.append(
             "Output: the clean image, because a patch holds many numbers (x_prediction); the loss is the same."
         )

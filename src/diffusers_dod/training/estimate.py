@@ -170,7 +170,8 @@ def make_plan(args: argparse.Namespace, accelerator: Accelerator, subject: Subje
 
 def refuse(args: argparse.Namespace, subject: Subject, memory: int, available: int, checkpointed: int) -> None:
     count = sum(p.numel() for model in subject.models.values() for p in model.parameters()) / 1e6
-    cures = ["a smaller --preset", "a smaller --train_batch_size with more --gradient_accumulation_steps"]
+    size = "--preset" if subject.denoiser == "transformer" else "--code_preset"
+    cures = [f"a smaller {size}", "a smaller --train_batch_size with more --gradient_accumulation_steps"]
     if not args.gradient_checkpointing and subject.denoiser == "transformer":
         cures.insert(0, f"--gradient_checkpointing ({gib(checkpointed)} GiB)")
     if not subject.data.are_latents and subject.pipeline.vae is None:

@@ -200,7 +200,7 @@ def train(
 
             # 8. Checkpoint, samples and metrics
             if guard.exhausted:
-                raise TooManyBadSteps(f"{guard.in_a_row} steps in a row were skipped, the last one for {problem}")
+                raise TooManyBadSteps(f"{guard.in_a_row} updates in a row were skipped, the last because {problem}")
             checkpoints = step % args.checkpointing_steps == 0 or step in args.keep_checkpoint_at
             if read["stops"]:
                 stopped = stop.signal or signal.SIGTERM

@@ -60,12 +60,15 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
     add("--latents_dir", help="cached latents of `diffusers-dod cache`, in place of images")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
-    add("--num_classes", type=INTEGER, help="classes of the model; default: the data's; 0: unconditional")
+    classes = "number of classes of the model; default: the data's; 0: unconditional"
+    if not images:
+        classes = "number of classes of the data, at most the pipeline's; with 0, every image gets class 0"
+    add("--num_classes", type=INTEGER, help=classes)
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
-    add("--cache_dir", help="where downloads and prepared data are kept; default: the `datasets` cache")
-    resolution = "side in pixels, after ADM's centre crop; default: the model's" + (
-        ", or near the images', at most 256" if images else ""
-    )
+    add("--cache_dir", help="folder for downloads and prepared data; default: the caches of `datasets` and the Hub")
+    resolution = "side in pixels, after ADM's centre crop; default: the model's"
+    if images:
+        resolution += " or the cached latents', else 256; near the images', at most 256, if the size is chosen"
     add("--resolution", type=POSITIVE, help=resolution)
     add("--random_flip", action=SWITCH, default=False, help="mirror images at random")
     add("--on_broken_image", choices=("skip", "stop"), default="stop", help="what to do with unreadable images")
@@ -86,7 +89,10 @@ def add_time_options(add: Callable[..., Any], condition: str = "") -> None:
         choices=("logit_normal", "uniform", "mode"),
         help=f"distribution of sigma{condition}; default: logit_normal",
     )
-    add("--logit_mean", type=SIGNED, help="mean for logit_normal, above 0 is noisier; default: 0")
+    mean = "mean for logit_normal, above 0 is noisier; default: 0"
+    if condition:  # `train`, where `choosing.py` may choose it
+        mean += ", or 0.4 if the trainer chooses x_prediction"
+    add("--logit_mean", type=SIGNED, help=mean)
     add("--logit_std", type=REAL, help="standard deviation for logit_normal; default: 1")
     add("--mode_scale", type=SIGNED, help="scale for mode; default: 1.29")
     add(
@@ -98,7 +104,7 @@ def add_time_options(add: Callable[..., Any], condition: str = "") -> None:
 
 def add_optimisation_options(parser: Parser, images: bool = True) -> None:
     add = parser.add_argument_group("optimisation").add_argument
-    unnamed = "without a model size"
+    unnamed = "if the model's size is chosen automatically"
     help_of = dict.fromkeys(("steps", "batch", "rate"), "")
     if images:  # settled by `settle_pace`
         help_of = {
@@ -115,7 +121,8 @@ def add_optimisation_options(parser: Parser, images: bool = True) -> None:
     add("--optimizer", choices=("adamw", "adamw_fused", "adamw_8bit"), default="adamw", help=optimizers)
     add("--learning_rate", type=REAL, help="peak learning rate" + help_of["rate"])
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
-    add("--lr_warmup_steps", type=INTEGER, default=0, help="linear warm-up steps of the learning rate")
+    warmup = "linear warm-up steps of the learning rate; no effect with `constant`: use `constant_with_warmup`"
+    add("--lr_warmup_steps", type=INTEGER, default=0, help=warmup)
     add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the gradients' mean")
     add("--adam_beta2", type=FRACTION, default=0.999, help="decay of the squared gradients' mean")
     add("--adam_weight_decay", type=REAL, default=0.0, help="decoupled weight decay")
@@ -128,7 +135,7 @@ def add_optimisation_options(parser: Parser, images: bool = True) -> None:
         default=20,
         help="consecutive skipped updates (NaN, infinity, spikes) allowed",
     )
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: from `accelerate config`")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: that of `accelerate launch`, else no")
     add("--ema", action=SWITCH, default=True, help="average the weights; the averages are the result")
     add(
         "--ema_decay",
@@ -151,7 +158,7 @@ def add_output_options(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="STEP",
-        help="steps whose checkpoints are kept beside that limit, as weaker models for autoguidance",
+        help="also write checkpoints at these steps and never remove them, as weaker models for autoguidance",
     )
     add(
         "--resume_from_checkpoint",
@@ -163,7 +170,7 @@ def add_output_options(parser: Parser) -> None:
         "--evaluation_samples",
         type=INTEGER,
         default=0,
-        help="samples per stage for metrics beside the grid; 0: none",
+        help="samples per stage for metrics, every --validation_steps; inception needs at least 10; 0: none",
     )
     add("--evaluation_reference", help="reference for these metrics: image folder, ADM .npz or dataset")
     add("--evaluation_extractor", default="inception", help="inception, or a transformers vision model")
@@ -190,9 +197,10 @@ def build_parser(description: str = "") -> Parser:
     parser.add_argument("--recipe", help="YAML file of these options, under the same names; flags override it")
     add_data_options(parser)
     add = parser.add_argument_group("model").add_argument
-    preset = "size of both models, see diffusers_dod.presets; default: chosen from the images and device"
+    preset = "size of both models, see diffusers_dod.presets; default: chosen from the images and device, or XL if "
+    preset += "--transformer_config or --embedder_config is given"
     add("--preset", choices=list(PRESETS), help=preset)
-    transformer = "constructor arguments, JSON or a JSON file; missing entries as in XL"
+    transformer = "constructor arguments, JSON or a JSON file; missing entries as in --preset"
     add("--transformer_config", type=json_object, action=Merge, help=transformer)
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
     add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
@@ -206,7 +214,7 @@ def build_parser(description: str = "") -> Parser:
         type=POSITIVE,
         help="rank of a LoRA on the transformer; implies --train embedder,lora unless --train is given",
     )
-    add("--vae_name_or_path", help="diffusers autoencoder; default: none, pixel space")
+    add("--vae_name_or_path", help="diffusers autoencoder; default: that of --latents_dir, else none (pixel space)")
     add("--vae_subfolder", help="subfolder of the autoencoder")
     add("--gradient_checkpointing", action=SWITCH, default=False, help="less memory, more time")
     add("--compile", action=SWITCH, default=False, help="compile the blocks of both models")
@@ -299,8 +307,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise BadInput("--latents_dir is not for --streaming: cached latents are read during training anyway")
     if args.repa_encoder is not None and (args.repa_encoder == "cached") != (args.latents_dir is not None):
         raise BadInput(
-            "--repa_encoder names a model for images, and is `cached` for --latents_dir: cached latents hold no images, "
-            "but their features where `diffusers-dod cache` was given --repa_encoder"
+            "with --latents_dir, pass `--repa_encoder cached` (the features that `diffusers-dod cache --repa_encoder` "
+            "stored); with images, pass the name of a vision model"
         )
     if (args.evaluation_samples > 0) != (args.evaluation_reference is not None):
         raise BadInput("--evaluation_samples and --evaluation_reference need each other")

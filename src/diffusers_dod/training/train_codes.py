@@ -5,7 +5,7 @@
 
 The data are encoded to codes once, by the pipeline's own latent embedder, and kept in memory. `output_dir` receives the
 whole pipeline with the code model; `DoDPipeline` then draws from codes by default. With cached latents
-(`--latents_dir`), no autoencoder runs. Some images are held out: at the end the command prints the distances of
+(`--latents_dir`), no images are encoded. Some images are held out: at the end the command prints the distances of
 generated and of held-out codes to the nearest training code, and warns if the model copies.
 
 Resuming, averages, logs, sample grids, signals and exit statuses are those of `diffusers-dod train`.

@@ -106,7 +106,7 @@ def validate(
         if evaluation is not None:
             log_values(accelerator, evaluation(pipeline), step)
     except ValueError as error:  # results that are not finite
-        logger.warning(f"There are no samples of step {step}: {first_line(error)} Training continues.")
+        logger.warning(f"Samples or metrics of step {step} are missing: {first_line(error)} Training continues.")
 
 
 def build_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> TrainingEvaluation | None:

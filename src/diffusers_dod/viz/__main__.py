@@ -33,12 +33,13 @@ def build_parser() -> Parser:
     source = "where the first prior comes from; default: codes where there is a code model"
     add("--prior_source", choices=("codes", "stage"), help=source)
     add("--num_inference_steps", type=positive, default=30, help="denoising steps per stage")
-    add("--guidance_scale", type=number(float, float("-inf")), default=1.0, help="class guidance of every stage")
+    scale = "class guidance of every stage; refused with a guider, which has its own; default: 1, no guidance"
+    add("--guidance_scale", type=number(float, float("-inf")), help=scale)
     add(
         "--code_guidance_scale",
         type=number(float, float("-inf")),
         default=1.0,
-        help="class guidance of the code model, whatever the pipeline's default",
+        help="class guidance of the code model; the default saved in the pipeline is not used",
     )
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise")
     add("--logs", type=Path, help="the `logs` folder of the training run; default: no curves")
@@ -78,7 +79,7 @@ def draw(args: argparse.Namespace) -> None:
             num_stages=args.num_stages or (3 if source == "stage" else 2),
             prior_source=source,
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=1.0 if args.guidance_scale is None and pipe.guider is None else args.guidance_scale,
             code_guidance_scale=args.code_guidance_scale,
             generator=row_generators(args.seed, 0, range(len(class_ids))),
             output_type="latent",
@@ -100,7 +101,7 @@ def draw(args: argparse.Namespace) -> None:
         picture.save(args.output_dir / name)
         print(args.output_dir / name)
     if args.logs is not None:
-        with bad_input():
+        with bad_input(ValueError, OSError, ImportError, what="--logs"):
             plot_curves(read_scalars(args.logs), args.output_dir / "curves.png")
         print(args.output_dir / "curves.png")
 
