@@ -1664,9 +1664,10 @@ def check_not_a_checkpoint(folder: str) -> None:
     if not has_index and Path(folder, "training_config.json").exists() and Path(folder, "checksums.json").exists():
         run = Path(folder).resolve().parent
         raise ValueError(
-            f"{folder} is a checkpoint of a training run, whose pipeline is in {run} once the run has ended. Load that, and this "
-            f"step's model in it: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel.from_pretrained("
-            f"{folder!r}, subfolder='transformer'))`, with the `latent_embedder` likewise."
+            f"{folder} is a checkpoint of a training run. When the run has ended, its pipeline is in {run}: load that, with "
+            f"this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel"
+            f".from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` likewise. Averaged weights "
+            "are in subfolders such as 'transformer_ema_0.9999'."
         )
 
 
