@@ -241,7 +241,5 @@ def test_the_readme_says_what_the_blind_judges_found():
         source: sum(each[source]["broken"] for each in found) / sum(each[source]["cells"] for each in found)
         for source in ("generated", "real")
     }
-    sentence = (
-        f"call {100 * shares['generated']:.0f} % of generated and {100 * shares['real']:.0f} % of real digits broken"
-    )
+    sentence = f"call {100 * shares['generated']:.0f} % of the pretrained model's and {100 * shares['real']:.0f} % of real digits broken"
     assert sentence in " ".join((report.ROOT / "README.md").read_text().split())

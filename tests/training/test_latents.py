@@ -117,7 +117,7 @@ def test_repa_is_the_same_on_images_and_on_cached_features_and_resumes(digits, e
         (("--resolution", 28), "is of resolution 14, so --resolution cannot be 28"),
         (("--num_classes", 2), "the data has 3 classes, so --num_classes cannot be 2"),
         (("--repa_encoder", "cached"), "holds no features"),
-        (("--repa_encoder", "facebook/dinov2-base"), "cached latents hold no images"),
+        (("--repa_encoder", "facebook/dinov2-base"), "with --latents_dir, pass `--repa_encoder cached`"),
         (("--streaming",), "--latents_dir is not for --streaming"),
         (("--vae_name_or_path", "{other}"), "was not made with the VAE of"),
         (("--train_data_dir", "x"), "give one of --train_data_dir, --dataset_name and --latents_dir"),
