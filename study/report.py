@@ -86,10 +86,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def ratios(one: dict[int, float], other: dict[int, float]) -> str:
-    """The ratio of the means, and each seed's."""
+def ratios(one: dict[int, float], other: dict[int, float], seeds: str = "") -> str:
+    """The ratio of the means, and each seed's after the word `seeds`."""
     each = ", ".join(f"{one[seed] / other[seed]:.2f}" for seed in one)
-    return f"{statistics.mean(one.values()) / statistics.mean(other.values()):.2f} ({each})"
+    return f"{statistics.mean(one.values()) / statistics.mean(other.values()):.2f} ({seeds}{each})"
 
 
 def described(setting: Setting) -> str:
@@ -205,7 +205,7 @@ def summary_table(studies: list[Results]) -> str:
         for name, setting in settings_of.items():
             mean, evaluations = statistics.mean(values[name].values()), results.evaluations(name, setting)
             row.append(f"distance {mean:.1f} with {evaluations:.0f} evaluations")
-        rows.append([*row, ratios(values["wide codes"], values["class-only"]).replace("(", "(per seed: ")])
+        rows.append([*row, ratios(values["wide codes"], values["class-only"], "per seed: ")])
     return table(
         ["images", "class-only", "DoD, one stage from a code model", "ratio of the unrounded distances"], rows
     )

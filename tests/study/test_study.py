@@ -241,5 +241,6 @@ def test_the_readme_says_what_the_blind_judges_found():
         source: sum(each[source]["broken"] for each in found) / sum(each[source]["cells"] for each in found)
         for source in ("generated", "real")
     }
-    sentence = f"call {100 * shares['generated']:.0f} % of the pretrained model's and {100 * shares['real']:.0f} % of real digits broken"
+    generated, real = (f"{100 * shares[source]:.0f} %" for source in ("generated", "real"))
+    sentence = f"call {generated} of the pretrained model's and {real} of real digits broken"
     assert sentence in " ".join((report.ROOT / "README.md").read_text().split())

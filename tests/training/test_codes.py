@@ -119,6 +119,8 @@ def test_cached_latents_and_flips_are_encoded_too(digits, tmp_path):
         (("--code_config", '{"layers": 3}'), "none of"),
         (("--held_out", 2), "is not from 0 to 1"),
         (("--train_data_dir", "nowhere"), "not a folder"),
+        (("--num_classes", 0), "the model has 3 classes, but the data or --num_classes has 0"),
+        (("--num_classes", 4), "the model has 3 classes, but the data or --num_classes has 4"),
     ],
 )
 def test_bad_input_is_one_line(digits, pipeline, tmp_path, capsys, options, message):

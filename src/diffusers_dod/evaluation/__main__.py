@@ -62,7 +62,8 @@ def report(args: argparse.Namespace) -> None:
         # 1. Images and network
         if args.output:
             check_writable(args.output)
-        versions = (args.settings or {}).get("versions", {})
+        settings = args.settings or {}
+        versions = settings.get("versions", {})
         if not isinstance(versions, dict):
             raise BadInput("--settings: `versions` is no JSON object")
         samples, reference = (ImageSet(source, args.resolution) for source in (args.samples, args.reference))
@@ -84,7 +85,7 @@ def report(args: argparse.Namespace) -> None:
         "num_samples": len(samples),
         "num_reference": len(reference),
         "extractor": label,
-        **{key: value for key, value in (args.settings or {}).items() if key not in ("model", "weights_sha256")},
+        **{key: value for key, value in settings.items() if key not in ("model", "weights_sha256")},
         "evaluation_seed": args.seed,
         "versions": {**versions, "diffusers-dod": __version__},
         "results": [{**result, **({"stage": args.stage} if args.stage else {})} for result in results],

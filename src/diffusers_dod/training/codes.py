@@ -128,8 +128,10 @@ class CodeTraining:
         resolve_objective(args)
         data = load_data(args, accelerator)
         num_classes = pipeline.transformer.config.num_classes
-        if data.num_classes > num_classes:
-            raise BadInput(f"the data has {data.num_classes} classes but the model only {num_classes}")
+        if data.num_classes > num_classes or (data.num_classes == 0 and num_classes > 0):
+            raise BadInput(
+                f"the model has {num_classes} classes, but the data or --num_classes has {data.num_classes}"
+            )
 
         # 1. Codes, some of them held out
         codes, labels = encode_data(args, data, pipeline, accelerator)

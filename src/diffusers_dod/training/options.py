@@ -60,10 +60,7 @@ def add_data_options(parser: Parser, images: bool = True) -> None:
     add("--latents_dir", help="cached latents of `diffusers-dod cache`, in place of images")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of the classes")
-    classes = "number of classes of the model; default: the data's; 0: unconditional"
-    if not images:
-        classes = "number of classes of the data, at most the pipeline's; with 0, every image gets class 0"
-    add("--num_classes", type=INTEGER, help=classes)
+    add("--num_classes", type=INTEGER, help="number of classes; default: the data's; 0: unconditional")
     add("--sampling", choices=("plain", "balanced"), default="plain", help="balanced draws classes equally often")
     add("--cache_dir", help="folder for downloads and prepared data; default: the caches of `datasets` and the Hub")
     resolution = "side in pixels, after ADM's centre crop; default: the model's"
@@ -89,9 +86,7 @@ def add_time_options(add: Callable[..., Any], condition: str = "") -> None:
         choices=("logit_normal", "uniform", "mode"),
         help=f"distribution of sigma{condition}; default: logit_normal",
     )
-    mean = "mean for logit_normal, above 0 is noisier; default: 0"
-    if condition:  # `train`, where `choosing.py` may choose it
-        mean += ", or 0.4 if the trainer chooses x_prediction"
+    mean = "mean for logit_normal, above 0 is noisier; default: 0, or 0.4 where `train` chooses x_prediction"
     add("--logit_mean", type=SIGNED, help=mean)
     add("--logit_std", type=REAL, help="standard deviation for logit_normal; default: 1")
     add("--mode_scale", type=SIGNED, help="scale for mode; default: 1.29")
