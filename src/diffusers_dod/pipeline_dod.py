@@ -151,8 +151,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         self.spatial_factor = vae_spatial_factor(vae)
         self.image_processor = make_image_processor(vae, transformer.config)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Pushes the pipeline with its code and a model card in one commit; returns the commit's URL.
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
+        """Pushes the pipeline with its code and a model card in one commit; returns its URL, `None` for a dry run.
 
         Args:
             repo_id (`str`): repository, created if missing.
@@ -162,7 +162,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             from diffusers_dod.hub.push import push_pipeline
         except ImportError:  # this is a repository's own code, and the package is not installed: no card then
             return super().push_to_hub(repo_id, **kwargs)
-        return str(push_pipeline(self, repo_id, **kwargs))
+        return push_pipeline(self, repo_id, **kwargs)
 
     # Properties that a callback may read; it changes guidance by setting `_guidance_scale` and
     # `_prior_guidance_scale`, and stops by setting `_interrupt`.

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import diffusers_dod
+from diffusers_dod import DoDPipeline
 from diffusers_dod.hub import check_folder
 from diffusers_dod.hub.__main__ import main
 
@@ -135,6 +136,7 @@ def test_dry_run_asks_the_hub_nothing(hub, pushed, capsys):
     assert main(["push", str(folder), "user/never", "--license", "mit", "--dry-run"]) == 0
     size = (folder / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert f"{size:,}  transformer/diffusion_pytorch_model.safetensors" in capsys.readouterr().out
+    assert DoDPipeline.from_pretrained(folder).push_to_hub("user/never", license="mit", dry_run=True) is None
     assert len(hub.requests) == requests
 
 
