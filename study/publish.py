@@ -88,16 +88,18 @@ def measure(
     for scale, seed in product(code_guidance_scales, SEEDS):
         images, codes = draw(pipe, labels, seed, scale)
         images = to_measure(images, data.images.shape[1])
-        figures = {name: referee.measure(images, labels)[name] for name in ("fd", "fd_pca", "accuracy")}
+        measured = referee.measure(images, labels)
+        figures = {name: measured[name] for name in ("fd", "fd_pca", "accuracy")}
         figures["nearest_image"] = nearest_distance(images, training) / pixels
         figures["nearest_code"] = nearest_distance(
             pipe.latent_embedder.normalize_codes(codes, size, size), training_codes
         )
         for name, value in figures.items():
             found.setdefault((name, scale), []).append(round(value, 4))
+    measured = referee.measure(held_out, data.held_out_labels[rows])
     beside = {
-        "fd": referee.measure(held_out, data.held_out_labels[rows])["fd"],
-        "fd_pca": referee.measure(held_out, data.held_out_labels[rows])["fd_pca"],
+        "fd": measured["fd"],
+        "fd_pca": measured["fd_pca"],
         "accuracy": referee.accuracy,
         "nearest_image": nearest_distance(held_out, training) / pixels,
         "nearest_code": nearest_distance(normalized_codes(pipe, held_out), training_codes),

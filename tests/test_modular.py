@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance, ModularPipeline
+from diffusers import ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance, DDPMScheduler, ModularPipeline
 from helpers import tiny_coded_pipeline, tiny_pipeline, tiny_transformer, tiny_vae
 from test_code_noise import reading_embedder
 
@@ -97,6 +97,27 @@ def test_wrong_arguments_are_refused(folders):
     ):
         with pytest.raises(ValueError, match=message):
             draw(pipe, 1, **{name: value})
+    coded = load(folders["codes"])
+    for name, value, message in (
+        ("output_type", "pil", "they are latents, not pictures"),
+        ("code_guidance_scale", float("nan"), "`code_guidance_scale` is nan"),
+        ("height", 10, "does not divide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(coded, 1, **{name: value})
+    for name in ("scheduler", "code_scheduler"):
+        whole = getattr(coded, name)
+        setattr(coded, name, None)
+        with pytest.raises(ValueError, match=f"`{name}` is None"):
+            draw(coded, 1)
+        setattr(coded, name, whole)
+    coded.code_scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="`pipe.code_scheduler = "):
+        draw(coded, 1)
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        draw(pipe, 1, output_type="latent")
     with pytest.raises(ValueError, match="load_components"):
         draw(DoDStages().init_pipeline(folders["autoencoder"]), [1])
 
@@ -130,6 +151,9 @@ def test_a_folder_is_refused_without_trust_and_whole_when_saved_again(folders, t
     assert again.code_transformer is not None and again.config.id2label == pipe.config.id2label
     guided = ModularPipeline.from_pretrained(str(folders["guided codes"]), trust_remote_code=True)
     assert guided.config.code_guidance_scale == 1.7
+    noisy = ModularPipeline.from_pretrained(str(folders["noisy codes"]), trust_remote_code=True)
+    noisy.load_components()
+    assert torch.equal(draw(noisy, [1, 3]), draw(load(folders["noisy codes"]), [1, 3]))
 
 
 def test_a_pipeline_of_other_blocks(folders):

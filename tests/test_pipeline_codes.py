@@ -138,7 +138,10 @@ def test_a_callback_changes_the_codes_guidance_and_stops():
     plain = sample(pipe)
     assert (sample(pipe, callback_on_step_end=guide).codes - plain.codes).abs().max() > 1e-4
     assert sample(pipe, callback_on_step_end=stop).images.isfinite().all() and seen == [0]
+    own = {"class_ids": torch.tensor([1, 3]), "height": 8, "width": 8, "num_inference_steps": 2}
+    codes = pipe.generate_codes(**own, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(pipe).images, plain.images)
+    assert torch.equal(codes, pipe.generate_codes(**own, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(

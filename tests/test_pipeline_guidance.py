@@ -89,7 +89,7 @@ def test_no_guidance_is_one_forward_of_the_batch(arguments):
         ({"guidance_drop": "prior"}, [2] * 4 + [4] * 4),
         ({"prior_guidance_scale": 2.0}, [4] * 4 + [6] * 4),
         ({"prior_guidance_scale": 2.0, "guidance_scale": 1.0}, [2] * 4 + [6] * 4),
-        ({"prior_guidance_scale": 2.0, "guidance_drop": "prior"}, [4] * 4 + [6] * 4),
+        ({"prior_guidance_scale": 2.0, "guidance_drop": "prior"}, [2] * 4 + [6] * 4),
         ({"guidance_interval": (0.25, 0.75)}, [2, 4, 4, 2] * 2),
         ({"guidance_interval": [(0.0, 0.0), (0.5, 1.0)]}, [2, 2, 2, 2, 2, 2, 4, 4]),
         ({"guidance_scale": [1.0, 2.0]}, [2] * 4 + [4] * 4),

@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -77,21 +78,20 @@ def assert_equal_tensors(a: dict, b: dict):
         assert torch.equal(a[key], b[key]), key
 
 
-def _run(argv: list[str], log: str, environment: dict) -> None:
+def _run(argv: list[str], log: str, environment: dict, command: str) -> None:
     os.environ.update(environment)
     file = open(log, "a", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
-    from diffusers_dod.training.__main__ import main
-
     enable_fsdp_on_cpu(argv)
-    sys.exit(main(argv))
+    sys.exit(importlib.import_module(f"diffusers_dod.training.{command}").main(argv))
 
 
-def start(argv: list, log: Path, **environment: str) -> multiprocessing.Process:
-    """Starts the script in a process of its own; what it prints goes to `log`."""
-    process = process_context().Process(target=_run, args=([str(arg) for arg in argv], str(log), environment))
+def start(argv: list, log: Path, command: str = "__main__", **environment: str) -> multiprocessing.Process:
+    """Starts the script, or another `command` of training, in a process of its own; what it prints goes to `log`."""
+    args = ([str(arg) for arg in argv], str(log), environment, command)
+    process = process_context().Process(target=_run, args=args)
     process.start()
     return process
 

@@ -67,10 +67,17 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """The sum of a model's weights with their names, types and shapes, wherever the model was loaded from."""
+def weights_sha256(model: nn.Module, frozen_only: bool = False) -> str:
+    """The sum of a model's weights with their names, types and shapes, wherever the model was loaded from.
+
+    Args:
+        frozen_only (`bool`, defaults to `False`): Leave out the parameters that need a gradient.
+    """
+    trained = {name for name, value in model.named_parameters() if frozen_only and value.requires_grad}
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

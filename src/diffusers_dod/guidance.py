@@ -171,7 +171,7 @@ class ScaleGuidance(StageGuidance):
         prior_tokens = first.prior_tokens
         if prior_tokens is None:
             # Stage 1 has no prior to lose, so only the class can guide it, or a weaker model.
-            loses = self.weak_transformer is not None or self.drop != "prior" or prior_scale is not None
+            loses = self.weak_transformer is not None or self.drop != "prior"
             return [self.second_branch(first)] if scale != 1.0 and loses else []
         if scale == 1.0 and prior_scale in (None, 1.0):
             return []

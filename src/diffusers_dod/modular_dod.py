@@ -35,7 +35,6 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import (
-    check_choice,
     check_count,
     check_generator,
     check_per_stage,
@@ -46,7 +45,7 @@ from .arguments import (
     per_stage,
 )
 from .autoencoding import decode_latents, make_image_processor, vae_spatial_factor
-from .compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from .compatibility import check_code_model, check_components, check_loaded, check_scheduler, check_weak_model
 from .denoising import Denoising
 from .guidance import GuiderGuidance, ScaleGuidance, check_guidance
 from .labels import ClassLabelsMixin, synonyms
@@ -111,6 +110,7 @@ class Preparation(ClassLabelsMixin, PriorInputsMixin):
     def __init__(self, components: ModularPipeline):
         self.transformer, self.latent_embedder = components.transformer, components.latent_embedder
         self.vae, self.code_transformer = components.vae, components.code_transformer
+        self.code_scheduler = components.code_scheduler
         if self.transformer is None or self.latent_embedder is None:
             raise ValueError("The models are not loaded: call `load_components()` first.")
         check_components(self.transformer.config, self.latent_embedder.config, self.vae)
@@ -174,6 +174,7 @@ class DoDInputStep(ModularPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: Any) -> tuple[ModularPipeline, Any]:
         block = self.get_block_state(state)
         prepared = Preparation(components)
+        check_loaded(components.components)
         config, embedder = prepared.transformer.config, prepared.latent_embedder.config
         label_ids = prepared.prepare_class_labels(block.class_labels)
         check_count("num_images_per_prompt", block.num_images_per_prompt)
@@ -186,7 +187,7 @@ class DoDInputStep(ModularPipelineBlocks):
             raise ValueError("`image` replaces stage 1, so `num_stages` must be at least 2.")
         check_per_stage(block.num_stages, num_inference_steps=block.num_inference_steps)
         check_steps(block.num_inference_steps, block.num_stages)
-        check_choice("output_type", block.output_type, ("pil", "np", "pt", "latent"))
+        prepared.check_output_type(block.output_type)
         check_generator(block.generator, batch_size)
         prepared.check_code_noise_level(block.code_noise_level)
 
@@ -266,14 +267,13 @@ class DoDPriorStep(ModularPipelineBlocks):
     def generate_codes(self, components: ModularPipeline, prepared: Preparation, block: Any) -> torch.Tensor:
         """Codes of the code model, guided by the class in every step."""
         model, scheduler = components.code_transformer, components.code_scheduler
-        check_count("code_num_inference_steps", block.code_num_inference_steps)
-        check_scheduler(type(scheduler), scheduler.config, model.config)
-        grid = components.latent_embedder.code_grid(*prepared._latent_shape(block.height, block.width)[1:])
-        shape = (len(block.class_ids), model.config.in_channels, *grid)
-        noise = randn_tensor(shape, generator=block.generator, device=block.class_ids.device, dtype=model.dtype)
         scale = block.code_guidance_scale
         if scale is None:
             scale = components.config.code_guidance_scale
+        prepared.check_code_generation(block.height, block.width, block.code_num_inference_steps, scale)
+        grid = components.latent_embedder.code_grid(*prepared._latent_shape(block.height, block.width)[1:])
+        shape = (len(block.class_ids), model.config.in_channels, *grid)
+        noise = randn_tensor(shape, generator=block.generator, device=block.class_ids.device, dtype=model.dtype)
         guidance = ScaleGuidance(model, "class", lambda: (scale, None), (0.0, 1.0))
         run = Denoising(scheduler, noise, block.code_num_inference_steps, block.generator)
         codes = run.latents
@@ -428,8 +428,8 @@ class DoDDecodeStep(ModularPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: Any) -> tuple[ModularPipeline, Any]:
         block = self.get_block_state(state)
         block.images = block.sample
+        check_sample(block.sample, components.scheduler)
         if block.output_type != "latent":
-            check_sample(block.sample, components.scheduler)
             processor = make_image_processor(components.vae, components.transformer.config)
             images = decode_latents(components.vae, block.sample)
             block.images = processor.postprocess(images, output_type=block.output_type)

@@ -18,7 +18,6 @@ from .adapters import DoDLoraLoaderMixin
 from .arguments import (
     changed_tensors,
     check_callback,
-    check_choice,
     check_count,
     check_generator,
     check_intervals,
@@ -34,7 +33,6 @@ from .arguments import (
 )
 from .autoencoding import decode_latents, make_image_processor, vae_spatial_factor
 from .compatibility import (
-    check_code_grid,
     check_code_model,
     check_components,
     check_kinds,
@@ -236,7 +234,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_scales("guidance_scale", guidance_scale, num_stages)
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        self.check_output_type(output_type)
         check_generator(generator, batch_size)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -249,18 +247,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
         self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
-            check_count("code_num_inference_steps", code_num_inference_steps)
-            check_numbers(code_guidance_scale=code_guidance_scale)
-            scheduler, transformer = self.code_scheduler, self.code_transformer
-            check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
-            grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
-            check_code_grid(grid, self.code_transformer.config.patch_size, height, width)
-        channels = self.transformer.config.in_channels
-        if output_type == "pil" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
-                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
-            )
+            self.check_code_generation(height, width, code_num_inference_steps, code_guidance_scale)
 
     def prepare_latents(
         self,
@@ -301,6 +288,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         Returns:
             `torch.Tensor`: `(images, rows * columns, bottleneck_dim)`, not normalised.
         """
+        self._current_stage, self._num_timesteps, self._interrupt = 0, 0, False
         self._guidance_scale, self._prior_guidance_scale = guidance_scale, None
         grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
         shape = (len(class_ids), self.code_transformer.config.in_channels, *grid)

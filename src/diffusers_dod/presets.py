@@ -53,3 +53,8 @@ PRESETS = {
     "3B": _preset(40, 24, 96, 4, 24, 32, 12, 10),
 }
 """A [`Preset`] by name, from `"S"` to `"3B"`; used as in `DoDTransformer2DModel(**PRESETS["B"].transformer)`."""
+
+
+def nearest_preset(width: int) -> str:
+    """The preset whose transformer's width is nearest."""
+    return min(PRESETS, key=lambda name: abs(PRESETS[name].latent_embedder["output_dim"] - width))

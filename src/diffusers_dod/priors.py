@@ -7,13 +7,14 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_choice, check_shares, check_tensor
+from .arguments import check_choice, check_count, check_numbers, check_shares, check_tensor
 from .autoencoding import encode_images
+from .compatibility import check_code_grid, check_scheduler
 from .pictures import prepare_picture
 
 
 # Noise on the codes where the embedder reads its level, measured in docs/evidence.md
-CODE_NOISE_LEVEL = 0.3
+DEFAULT_CODE_NOISE_LEVEL = 0.3
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
 
@@ -66,6 +67,7 @@ class PriorInputsMixin:
     transformer: Any
     latent_embedder: Any
     code_transformer: Any
+    code_scheduler: Any
     image_processor: Any
     spatial_factor: int
 
@@ -155,6 +157,25 @@ class PriorInputsMixin:
             )
         return image_latents
 
+    def check_output_type(self, output_type: str) -> None:
+        """Refuses what is no form of output, and pictures where the samples are latents."""
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
+                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
+            )
+
+    def check_code_generation(self, height: int, width: int, num_inference_steps: int, guidance_scale: float) -> None:
+        """Refuses what the code model cannot generate codes with: its scheduler, sizes and numbers."""
+        check_count("code_num_inference_steps", num_inference_steps)
+        check_numbers(code_guidance_scale=guidance_scale)
+        scheduler, transformer = self.code_scheduler, self.code_transformer
+        check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
+        grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        check_code_grid(grid, transformer.config.patch_size, height, width)
+
     def check_code_noise_level(self, code_noise_level: float | None) -> None:
         """Refuses what is no level, or any level where the embedder reads none."""
         if code_noise_level is None:
@@ -182,7 +203,10 @@ class PriorInputsMixin:
         rows, columns = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
         shape = (batch_size, rows * columns, config.bottleneck_dim)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return {"code_noise": noise, "noise_level": CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level}
+        return {
+            "code_noise": noise,
+            "noise_level": DEFAULT_CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level,
+        }
 
     def prepare_codes(
         self, codes: torch.Tensor, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device

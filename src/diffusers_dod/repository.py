@@ -143,6 +143,18 @@ def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> N
     index_file.write_text(json_text(index), encoding="utf-8")
 
 
+def write_blocks(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
+    """Writes the blocks of a saved pipeline into its folder; once more where a folder was moved, since they name it.
+
+    Args:
+        folder (`str` or `os.PathLike`): what `save_pretrained` wrote.
+        pipeline_file (`str`, *optional*): as for [`carried_code`].
+    """
+    index = json.loads(Path(folder, INDEX_NAME).read_text(encoding="utf-8"))
+    for path, text in carried_blocks(index, str(folder), pipeline_file=pipeline_file).items():
+        Path(folder, path).write_text(text, encoding="utf-8")
+
+
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
     """The index of a folder that carries its code, in the form that diffusers' `trust_remote_code` reads."""
     names = {
@@ -398,10 +410,7 @@ class DoDRepositoryMixin:
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             pipeline_file = str(sys.modules[type(self).__module__].__file__)
             write_code(save_directory, pipeline_file)
-            index = json.loads(Path(save_directory, INDEX_NAME).read_text(encoding="utf-8"))
-            blocks = carried_blocks(index, str(save_directory), pipeline_file=pipeline_file)
-            for path, text in blocks.items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
+            write_blocks(save_directory, pipeline_file)
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs

@@ -1,11 +1,13 @@
 """Sets of images and extractors: whatever holds the same pictures gives the same features."""
 
+import pickle
+
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTImageProcessor, ViTMAEConfig, ViTMAEModel
 
 from diffusers_dod.evaluation import ImageSet, TransformersExtractor, evaluate, extract_features, feature_statistics
 
@@ -110,6 +112,36 @@ def test_npz_with_a_pickle_in_it_is_not_opened(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
         ImageSet(str(tmp_path / "x.npz"))
+
+
+def test_sets_are_read_by_workers_of_any_kind(tmp_path):
+    """Processes that are not forked take what they read by pickle."""
+    PIL.Image.fromarray(pictures(1, 8)[0]).save(tmp_path / "0.png")
+    np.savez(tmp_path / "set.npz", arr_0=pictures(2, 8))
+    for source in (tmp_path, tmp_path / "set.npz"):
+        images = ImageSet(str(source))
+        assert pickle.loads(pickle.dumps(images.read))(images.rows[0]).size == (8, 8)
+
+
+def test_a_model_of_two_towers_gives_its_vision_and_one_without_pooling_is_refused(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    clip = CLIPModel(
+        CLIPConfig(text_config={**shape, "vocab_size": 99}, vision_config=vision, projection_dim=8)
+    ).eval()
+    mae = ViTMAEModel(ViTMAEConfig(**vision)).eval()
+    processor = ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    for name, model in (("clip", clip), ("mae", mae)):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    images = torch.from_numpy(pictures(2, 28)).permute(0, 3, 1, 2)
+    features = TransformersExtractor(str(tmp_path / "clip"))(images)["features"]
+    with torch.no_grad():
+        expected = clip.vision_model(pixel_values=images / 255).pooler_output
+    assert torch.allclose(features, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="mae has no pooled output"):
+        TransformersExtractor(str(tmp_path / "mae"))(images)
 
 
 def test_vision_model_of_transformers(tmp_path):

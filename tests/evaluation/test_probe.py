@@ -63,6 +63,14 @@ def test_command_reports_codes_latents_and_an_untrained_embedder(tmp_path, capsy
     assert report["top_1_accuracy"]["raw latents"]["value"] == 1.0
 
 
+def test_a_model_of_oblong_images_is_refused(tmp_path, capsys):
+    shape = {"sample_size": (8, 16)}
+    pipe = tiny_pipeline(transformer=tiny_transformer(**shape), latent_embedder=tiny_embedder(**shape))
+    pipe.save_pretrained(tmp_path / "model")
+    assert main(["--model", str(tmp_path / "model"), "--train_data_dir", str(tmp_path)]) == 2
+    assert "but images are square here" in capsys.readouterr().err
+
+
 def test_untrained_embedder_has_the_trained_ones_shape():
     embedder = tiny_embedder()
     fresh = DoDLatentEmbedder.from_config(embedder.config)

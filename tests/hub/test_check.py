@@ -1,5 +1,6 @@
 """What `check` says before an upload, and what the card says; nothing here needs a Hub."""
 
+import ast
 import json
 import os
 import re
@@ -356,7 +357,13 @@ def test_carried_code_is_the_packages_own():
         "modular_dod": [*(part for part in pipeline if part != "adapters"), *models, "layers"],
     }.items():
         carried = standalone_source(package / f"{root}.py")
-        compile(carried, root, "exec")
+        names = [
+            name.id if isinstance(name, ast.Name) else name
+            for node in ast.parse(carried).body
+            for name in (node.targets if isinstance(node, ast.Assign) else [getattr(node, "name", None)])
+            if name is not None
+        ]
+        assert [name for name, count in Counter(names).items() if count > 1] == [], "one module's name hides another's"
         assert "from ." not in carried
         own = "".join((package / f"{part}.py").read_text() for part in [root, *parts])
         own = re.sub(r"^from \.\w+ import (\(.*?\)|[^\n]*)\n", "", own, flags=re.DOTALL | re.MULTILINE)

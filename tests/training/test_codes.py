@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, UniPCMultistepScheduler
-from helpers import tiny_embedder, tiny_pipeline, tiny_transformer
+from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from safetensors.torch import load_file
-from training_runs import assert_equal_tensors, cache_digits, write_digits
+from training_runs import assert_equal_tensors, cache_digits, start_together, write_digits
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.training.__main__ import main as train_pipeline
@@ -55,6 +55,8 @@ def test_it_learns_the_codes_and_the_folder_draws_from_them(digits, pipeline, tm
     for name in ("transformer", "latent_embedder"):
         path = f"{name}/diffusion_pytorch_model.safetensors"
         assert_equal_tensors(load_file(run / path), load_file(pipeline / path))
+    blocks = json.loads((run / "modular_model_index.json").read_text())
+    assert blocks["transformer"][2]["pretrained_model_name_or_path"] == str(run), "not where it was written first"
     assert pipe.config.code_guidance_scale == 1.5
     assert pipe.config.id2label["1"] == "one" and pipe.code_transformer.config.patch_size == 2
     assert isinstance(pipe.code_scheduler, UniPCMultistepScheduler) and pipe.code_scheduler.config.use_flow_sigmas
@@ -94,6 +96,36 @@ def test_a_killed_run_resumes_bit_equal_and_the_same_command_is_finished(digits,
     assert_equal_tensors(code_weights(train(pipeline, digits, tmp_path / "resumed", *options)), code_weights(whole))
     train(pipeline, digits, whole, *options)
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_on_another_pipeline(digits, pipeline, tmp_path, capsys):
+    own = shutil.copytree(pipeline, tmp_path / "pipeline")
+    run = train(own, digits, tmp_path / "run", "--max_train_steps", 2, "--checkpointing_steps", 1)
+    pipe = DoDPipeline.from_pretrained(own)
+    with torch.no_grad():
+        next(pipe.latent_embedder.parameters()).add_(0.3)
+    pipe.save_pretrained(own)
+    for steps in (2, 4):
+        train(own, digits, run, "--max_train_steps", steps, status=2)
+        assert "configuration: frozen_latent_embedder_sha256 (" in capsys.readouterr().err
+
+
+def test_codes_do_not_depend_on_the_number_of_processes(digits, tmp_path):
+    """An autoencoder's latents are drawn, with noise that belongs to an image."""
+    models = {
+        "transformer": tiny_transformer(num_classes=3, prediction_type="flow", sample_size=7, patch_size=1),
+        "latent_embedder": tiny_embedder(sample_size=7, patch_size=7, output_patch_size=1),
+    }
+    tiny_pipeline(**models, vae=tiny_vae("kl")).save_pretrained(tmp_path / "pipeline")
+    command = [tmp_path / "pipeline", "--train_data_dir", digits, *OPTIONS, "--max_train_steps", 1]
+    for count in (1, 2):
+        argv = [*command, "--output_dir", tmp_path / str(count)]
+        assert start_together(argv, tmp_path, count, command="train_codes") == [0] * count
+    means = [
+        json.loads((tmp_path / count / "latent_embedder" / "config.json").read_text())["codes_mean"]
+        for count in ("1", "2")
+    ]
+    assert means[0] == pytest.approx(means[1], abs=1e-6)
 
 
 def test_cached_latents_and_flips_are_encoded_too(digits, tmp_path):

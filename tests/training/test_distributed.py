@@ -95,6 +95,15 @@ def test_a_run_goes_on_with_another_number_of_processes(options, one_process, tm
     assert_close(tmp_path / "run", one_process)
 
 
+def test_a_run_goes_on_with_another_split_of_its_steps(options, one_process, tmp_path):
+    """The checkpoint counts 10 micro steps, no multiple of the 4 that make a step now."""
+    shutil.copytree(one_process / "checkpoint-10", tmp_path / "run" / "checkpoint-10")
+    options += ("--train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    assert finish(start(arguments(tmp_path / "run", *options), tmp_path / "log", **ON_CPU)) == 0
+    assert "Resuming from" in (tmp_path / "log").read_text()
+    assert_close(tmp_path / "run", one_process)
+
+
 @needs_fsdp
 def test_rows_without_a_prior_in_a_whole_process_are_refused_where_they_cannot_be_synchronised(options, tmp_path):
     command = arguments(tmp_path / "run", *options, "--train_batch_size", 1)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import datasets
 import numpy as np
@@ -245,6 +246,15 @@ def test_options_that_do_not_fit_are_one_clear_error(tmp_path, options, message)
     argv = ["--train_data_dir", str(tmp_path), "--output_dir", "x", "--max_train_steps", "1", *map(str, options)]
     with pytest.raises(BadInput, match=message):
         parse_args(argv, "")
+
+
+def test_a_tracker_is_the_default_only_where_it_is_installed(tmp_path, monkeypatch):
+    argv = ["--train_data_dir", str(tmp_path), "--output_dir", "x", "--max_train_steps", "1"]
+    assert parse_args(argv, "").report_to == "tensorboard"
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as Python finds a package that is not there
+    assert parse_args(argv, "").report_to == "none"
+    with pytest.raises(BadInput, match="tensorboard is not installed"):
+        parse_args([*argv, "--report_to", "tensorboard"], "")
 
 
 def test_8_bit_adam_trains_or_says_what_it_needs(tmp_path):

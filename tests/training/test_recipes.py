@@ -203,6 +203,7 @@ def test_a_recipe_trains_a_converted_model(name, train, tmp_path):
         ("weighting: cosmos", "--weighting: invalid choice"),
         ("a: [", "cannot be read"),
         ("recipe: other.yaml", "'recipe', which is no option"),
+        ("mixed_precision: yes", "--mixed_precision: invalid choice: 'True'"),
         # Aliases can grow without end, a repeated name hides a value, and nothing of a file is code.
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases are not allowed"),
         ("base: &base {seed: 1}\nother: {<<: *base}\n", "aliases are not allowed"),
@@ -238,6 +239,10 @@ def test_flags_override_a_recipe_of_every_kind_of_value(tmp_path):
     argv = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", "x"]
     args = parse_args(argv, "")
     assert args.streaming and not args.ema and args.ema_decay == [0.9, 0.99] and args.max_train_steps == 7
+    (tmp_path / "other.yaml").write_text(recipe + "mixed_precision: no\nvae_subfolder: null\nspike_factor: null\n")
+    other = parse_args(["--recipe", str(tmp_path / "other.yaml"), "--output_dir", "x"], "")
+    assert other.mixed_precision == "no" and other.vae_subfolder == args.vae_subfolder
+    assert other.spike_factor == args.spike_factor
     flags = ["--no-streaming", "--ema_decay", "0.5", "--transformer_config", '{"num_layers": 2}']
     args = parse_args([*argv, *flags], "")
     assert not args.streaming and args.ema_decay == [0.5]

@@ -15,7 +15,8 @@ from ..autoencoding import vae_latent_channels
 from ..cli import BadInput, bad_input
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..pipeline_dod import DoDPipeline
-from ..presets import PRESETS
+from ..presets import PRESETS, nearest_preset
+from ..repository import write_blocks
 from ..tensor_files import load_tensors
 from ..transformer_dod import DoDTransformer2DModel
 from .autoencoders import check_latents_stats, convert_autoencoder, read_latents_stats
@@ -85,11 +86,6 @@ def make_vae(
         return convert_autoencoder(tensors, latents_stats, latent_size)
 
 
-def nearest_preset(width: int) -> str:
-    """The preset whose transformer's width is nearest."""
-    return min(PRESETS, key=lambda name: abs(PRESETS[name].latent_embedder["output_dim"] - width))
-
-
 def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
     """Saves under another name first, so that `output` is whole or absent."""
     try:
@@ -104,6 +100,7 @@ def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
     except BaseException:
         shutil.rmtree(partial)
         raise
+    write_blocks(output)
 
 
 def describe(transformer: DoDTransformer2DModel, source: str, notes: list[str]) -> list[str]:

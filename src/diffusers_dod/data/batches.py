@@ -152,21 +152,21 @@ def collate_rows(rows: list[dict], size: int, channels: int, num_classes: int) -
     return {"pixels": pixels, "label": labels, "name": names}
 
 
-def is_readable(row: dict, skip_broken: bool) -> bool:
+def with_picture(row: dict, skip_broken: bool) -> dict | None:
+    """A row with its decoded `picture`; `None` for a broken one that is skipped."""
     try:
-        read_image(row["image"])
-        return True
+        return {**row, "picture": read_image(row["image"])}
     except ValueError as error:
         if not skip_broken:
             raise ValueError(f"{error}: pass --on_broken_image skip to train on the others") from error
         warnings.warn(f"Skipped: {error}.", stacklevel=2)
-        return False
+        return None
 
 
 def collate_streamed(item: tuple[list[dict], str], skip_broken: bool, **kwargs: Any) -> dict:
     """The same for a stream, with its `state`. Good rows of the batch stand in for broken ones."""
     rows, state = item
-    good = [row for row in rows if is_readable(row, skip_broken)]
+    good = [row for row in (with_picture(row, skip_broken) for row in rows) if row is not None]
     if not good:
         raise ValueError(f"none of {len(rows)} images in a row can be read")
     rows = [good[i % len(good)] for i in range(len(rows))]

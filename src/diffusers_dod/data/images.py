@@ -89,8 +89,7 @@ def load_labelled_images(
         else:
             data = _load_folder(folder, label_column is not None, streaming, cache_dir)
     except Exception as error:  # `datasets` raises many unrelated kinds for what is missing, private or malformed
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"No images could be loaded from {source}: {reason}") from error
+        raise ValueError(f"No images could be loaded from {source}: {first_line(error)}") from error
 
     if data.features is None:
         raise ValueError(f"The columns of {source} are not known before reading it: do without streaming.")
@@ -221,7 +220,7 @@ def collate_images(rows: list[dict], size: int, channels: int) -> tuple[torch.Te
     """A batch of a `DataLoader` over [`load_labelled_images`].
 
     Args:
-        rows (`list` of `dict`): rows of the dataset.
+        rows (`list` of `dict`): rows of the dataset, with the decoded `picture` where there is one already.
         size (`int`): side of the images.
         channels (`int`): 3 for colours, 1 for grayscale.
 
@@ -230,6 +229,7 @@ def collate_images(rows: list[dict], size: int, channels: int) -> tuple[torch.Te
         `(batch,)`.
     """
     mode = {1: "L", 3: "RGB"}[channels]
-    images = np.stack([np.asarray(center_crop(read_image(row["image"]).convert(mode), size)) for row in rows])
+    pictures = [row["picture"] if "picture" in row else read_image(row["image"]) for row in rows]
+    images = np.stack([np.asarray(center_crop(picture.convert(mode), size)) for picture in pictures])
     pixels = torch.from_numpy(images).view(len(rows), size, size, channels).permute(0, 3, 1, 2)
     return pixels, torch.tensor([row["label"] for row in rows])

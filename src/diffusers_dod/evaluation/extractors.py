@@ -62,13 +62,14 @@ class TransformersExtractor(nn.Module):
     standard deviation.
 
     Args:
-        name_or_path (`str`): Hub model or folder of a vision model with a `pooler_output`.
+        name_or_path (`str`): Hub model or folder of a model with a `pooler_output`, or with such a `vision_model`.
     """
 
     def __init__(self, name_or_path: str):
         super().__init__()
         self.label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-        self.network = AutoModel.from_pretrained(name_or_path).eval()
+        model = AutoModel.from_pretrained(name_or_path)
+        self.network = getattr(model, "vision_model", model).eval()
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         size = getattr(processor, "crop_size", None) or processor.size
         self.side = size.get("height") or size["shortest_edge"]
@@ -81,4 +82,7 @@ class TransformersExtractor(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         pixels = F.interpolate(images.float() / 255, size=(self.side, self.side), mode="bicubic", antialias=True)
         pixels = (pixels.clamp(0, 1) - self.image_mean) / self.image_std
-        return {"features": self.network(pixels).pooler_output}
+        pooled = getattr(self.network(pixel_values=pixels), "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{self.label} has no pooled output, which the features are: take another model.")
+        return {"features": pooled}

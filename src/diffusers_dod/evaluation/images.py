@@ -14,6 +14,19 @@ from ..data.images import center_crop, is_saved_dataset, load_labelled_images, r
 from .metrics import FeatureStatistics
 
 
+# Ways to read a row; a worker process may have to import them.
+def _from_array(row: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(row.squeeze())
+
+
+def _from_file(row: str) -> PIL.Image.Image:
+    return read_image({"path": row, "bytes": None})
+
+
+def _from_row(row: dict) -> PIL.Image.Image:
+    return read_image(row["image"])
+
+
 class _Pictures(Dataset):
     """Images one by one as `(3, height, width)` of uint8."""
 
@@ -46,6 +59,7 @@ class ImageSet:
 
     def __init__(self, source: str, resolution: int | None = None):
         self.source, self.statistics = source, {}
+        self.read: Callable[[Any], PIL.Image.Image]
         path = Path(source)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -56,21 +70,21 @@ class ImageSet:
                 images = arrays["arr_0"] if "arr_0" in arrays else np.zeros((0, 1, 1, 3), np.uint8)
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
                 raise ValueError(f"{source}: arr_0 must be (samples, height, width, 3 or 1) in uint8, as ADM's.")
-            self.rows, self.read = images, lambda array: PIL.Image.fromarray(array.squeeze())
+            self.rows, self.read = images, _from_array
         elif path.is_dir() and not is_saved_dataset(path):
             try:
                 images = list_images(path, labelled=False)
             except ValueError as error:
                 raise ValueError(f"No images could be loaded from {source}: {error}") from error
             say_left_out(source, images)
-            self.rows, self.read = images.files, lambda file: read_image({"path": file, "bytes": None})
+            self.rows, self.read = images.files, _from_file
         else:
             data, _ = (
                 load_labelled_images(folder=source, label_column=None)
                 if path.is_dir()
                 else load_labelled_images(dataset_name=source, label_column=None)
             )
-            self.rows, self.read = data, lambda row: read_image(row["image"])
+            self.rows, self.read = data, _from_row
         if not len(self.rows) and not self.statistics:
             raise ValueError(f"{source} holds no images.")
         self.resolution = resolution

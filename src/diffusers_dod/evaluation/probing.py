@@ -85,6 +85,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     """Accuracies of all probes; `args` are those of `diffusers-dod probe`."""
     with bad_input():
         pipe = DoDPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    size = pipe.latent_embedder.config.sample_size
+    if not isinstance(size, int):
+        raise BadInput(f"the model is for latents of {size}, but images are square here")
     torch.manual_seed(args.seed)
     untrained = DoDLatentEmbedder.from_config(pipe.latent_embedder.config).to(pipe.device).eval()
 

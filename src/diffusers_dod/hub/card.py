@@ -29,7 +29,7 @@ TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "diffusers-dod", "diffusion-on-diffusion", "class-conditional"]
 # Of the training's configuration, what does not describe the model or names the user's own folders.
 NAME_KEYS = re.compile(r".*(name|encoder|extractor|reference)")
-PRIVATE_KEYS = re.compile(r"push_to_hub|hub_.*|report_to|resume_from_checkpoint|recipe|.*_(dir|path|config)")
+PRIVATE_KEYS = re.compile(r"push_to_hub|hub_.*|report_to|resume_from_checkpoint|recipe|frozen_.*|.*_(dir|path|config)")
 
 
 def read_json(file: Path) -> Any:

@@ -3,7 +3,6 @@
 A push that was cut off leaves the repository as it was; the next one uploads only the large files that did not arrive.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from ..repository import (
     carried_blocks,
     carried_code,
     index_with_code,
+    json_text,
     resolve_index,
 )
 from .card import (
@@ -56,10 +56,6 @@ def _without_origin(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _without_origin(entry) for key, entry in value.items() if key != "_name_or_path"}
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_variant(folder: Path, variant: str, target: Path) -> None:
@@ -97,11 +93,11 @@ def collect_upload(
     files, _ = list_files(folder)
     upload: dict[str, Path | bytes] = {}
     for name, file in files.items():
-        upload[name] = _json_bytes(_without_origin(read_json(file))) if file.suffix == ".json" else file
+        upload[name] = json_text(_without_origin(read_json(file))).encode() if file.suffix == ".json" else file
     upload[CARD_NAME] = card.encode()
     upload.pop(TRAINING_NAME, None)
     if EVALUATION_NAME in files:
-        upload[EVALUATION_NAME] = _json_bytes(read_evaluation(folder))
+        upload[EVALUATION_NAME] = json_text(read_evaluation(folder)).encode()
     if INDEX_NAME not in files:
         return upload
     index = _without_origin(read_object(files[INDEX_NAME]))
@@ -112,7 +108,7 @@ def collect_upload(
         upload |= {path: text.encode() for path, text in carried_blocks(index, repo_id, revision).items()}
     else:
         index = resolve_index(index, ["DoDPipeline"], PACKAGE, str(folder))
-    upload[INDEX_NAME] = _json_bytes(index)
+    upload[INDEX_NAME] = json_text(index).encode()
     return upload
 
 

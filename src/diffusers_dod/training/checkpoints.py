@@ -235,7 +235,7 @@ def save_checkpoint(
         try:
             work()
         except Exception as error:  # OSError, and what safetensors and torch make of it
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = first_line(error)
         failures = accelerator.reduce(torch.tensor([float(problem is not None)], device=accelerator.device))
         if failures.item():
             free = shutil.disk_usage(output_dir).free  # what torch says of a full disk does not name it

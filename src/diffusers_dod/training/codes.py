@@ -20,7 +20,7 @@ from ..data.batches import TrainingData, load_data, make_collate, to_latents
 from ..files import write_json
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..pipeline_dod import DoDPipeline
-from ..presets import PRESETS
+from ..presets import PRESETS, nearest_preset
 from ..randomness import row_generators, step_generator
 from ..transformer_dod import DoDTransformer2DModel
 from .build import Subject, build_model, load_component, make_scheduler
@@ -68,7 +68,7 @@ def encode_data(
     for batch in tqdm(loader, desc="Encoding", unit="batch", disable=not accelerator.is_local_main_process):
         batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
         count = len(batch["label"])
-        generators = row_generators(args.seed, 0, range(seen, seen + count), device)
+        generators = row_generators(args.seed, 0, rows[seen : seen + count], device)
         flips = []
         for mirrored in (False, True) if args.random_flip else (False,):
             where = torch.full((count,), mirrored, device=device)
@@ -98,8 +98,7 @@ def set_statistics(embedder: DoDLatentEmbedder, codes: torch.Tensor) -> None:
 def default_code_config(pipeline: DoDPipeline, preset: str | None) -> dict[str, Any]:
     """Size and patch of a code model for a pipeline."""
     width = pipeline.transformer.inner_dim
-    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name].latent_embedder["output_dim"] - width))
-    config = dict(PRESETS[preset or nearest].code_transformer)
+    config = dict(PRESETS[preset or nearest_preset(width)].code_transformer)
     size, patch = pipeline.transformer.config.sample_size, pipeline.latent_embedder.config.patch_size
     rows, columns = (size // patch,) * 2 if isinstance(size, int) else (size[0] // patch, size[1] // patch)
     config["sample_size"] = rows if rows == columns else (rows, columns)

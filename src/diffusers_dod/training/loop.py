@@ -68,10 +68,10 @@ def train(
     transformer, embedder = models[subject.denoiser], models.get("latent_embedder")
     vae = None if data.are_latents else pipeline.vae
     repa = build_repa(args, data, transformer)
+    freeze(args, subject)
     config = run_config(args, subject, accelerator)
     images_per_step = config["images_per_step"]
     shares = accelerator.num_processes * args.gradient_accumulation_steps  # dealt like cards: see `BatchSampler`
-    freeze(args, subject)
     plan = make_plan(args, accelerator, subject, images_per_step)
 
     # 2. The run's folder, for this run alone, and the checkpoint to resume from; nothing was written until here
@@ -124,6 +124,7 @@ def train(
             Exception, what=f"{checkpoint} cannot be loaded (if it was changed, remove it to use an older one)"
         ):
             accelerator.load_state(str(checkpoint))
+            accelerator.step = 0  # its count of micro steps, of a run that may have divided its steps otherwise
             load_guard(guard, checkpoint)
             if args.streaming:
                 stream_state = load_process_state(accelerator, checkpoint)["stream"]

@@ -169,7 +169,8 @@ def add_output_options(parser: Parser) -> None:
     )
     add("--evaluation_reference", help="reference for these metrics: image folder, ADM .npz or dataset")
     add("--evaluation_extractor", default="inception", help="inception, or a transformers vision model")
-    add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="tracker of the logs")
+    trackers = ("tensorboard", "wandb", "none")
+    add("--report_to", choices=trackers, help="tracker of the logs; default: tensorboard where it is installed")
     add("--push_to_hub", action=SWITCH, default=False, help="push the result with a card; a failed push is a warning")
     add("--hub_model_id", help="repository; default: the name of --output_dir")
     add("--hub_license", help="licence of the model for its card, such as apache-2.0")
@@ -251,8 +252,12 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
     for name, value in (recipe or {}).items():
         if name not in known:
             raise BadInput(f"--recipe {path} has {name!r}, which is no option of this command")
-        if isinstance(value, bool):
+        if value is None:
+            continue  # as if it were not there
+        if isinstance(value, bool) and isinstance(known[name], argparse.BooleanOptionalAction):
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is False and "no" in (known[name].choices or ()):
+            flags.append(f"--{name}=no")  # which YAML reads as false
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
@@ -322,6 +327,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise BadInput(f"--train {','.join(args.train)} and --lora_rank {args.lora_rank} do not fit: LoRA needs both")
     if args.train != ["all"] and args.pretrained_model_name_or_path is None:
         raise BadInput(f"--train {','.join(args.train)} needs a trained model: --pretrained_model_name_or_path")
+    if args.report_to is None:
+        args.report_to = "none" if importlib.util.find_spec("tensorboard") is None else "tensorboard"
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise BadInput(f"{args.report_to} is not installed: `pip install {args.report_to}`, or pass --report_to none")
     if args.evaluation_samples and importlib.util.find_spec("torchmetrics") is None:

@@ -9,14 +9,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..cli import BadInput, CommandError, first_line
-from ..files import remove, write_json
+from ..files import remove, weights_sha256, write_json
 from ..hub.push import find_stage_grid
 from ..pipeline_dod import DoDPipeline
+from ..repository import write_blocks
 from .build import Subject
 
 
@@ -49,6 +51,9 @@ def run_config(args: argparse.Namespace, subject: Subject, accelerator: Accelera
     config["images_per_step"] = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     # A stream's order and shards of weights belong to their number of processes.
     config["stream"] = [accelerator.num_processes, args.train_batch_size] if args.streaming else None
+    for name, part in subject.pipeline.components.items():
+        if isinstance(part, torch.nn.Module):  # the other weights are in the checkpoints
+            config[f"frozen_{name}_sha256"] = weights_sha256(part, frozen_only=name in subject.models)
     is_sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
     config["sharding"] = accelerator.distributed_type if is_sharded else None
     for name, model in subject.models.items():
@@ -122,6 +127,7 @@ def _place_pipeline(pipeline: DoDPipeline, output_dir: str, config: dict[str, An
             remove(place)
         part.replace(place)
     unfinished.rmdir()
+    write_blocks(output_dir)
     write_json(Path(output_dir, CONFIG_NAME), {**config, "step": config["max_train_steps"]})
 
 
