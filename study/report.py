@@ -207,7 +207,7 @@ def summary_table(studies: list[Results]) -> str:
             row.append(f"distance {mean:.1f} with {evaluations:.0f} evaluations")
         rows.append([*row, ratios(values["wide codes"], values["class-only"], "per seed: ")])
     return table(
-        ["images", "class-only", "DoD, one stage from a code model", "ratio of the unrounded distances"], rows
+        ["images", "class-only", "DoD, one stage from wide codes", "ratio of the unrounded distances"], rows
     )
 
 

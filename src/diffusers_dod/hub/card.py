@@ -204,6 +204,7 @@ def build_card(
         eval_results=results or None,
     )
     sample_size = transformer["sample_size"]
+    sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -216,15 +217,13 @@ def build_card(
         num_classes=transformer["num_classes"],
         labels=[escape_markdown(labels[key]) for key in sorted(labels, key=int)][:20],
         more_labels=max(0, len(labels) - 20),
-        latent_shape=[
-            transformer["in_channels"],
-            *([sample_size] * 2 if isinstance(sample_size, int) else sample_size),
-        ],
+        latent_shape=[transformer["in_channels"], *sides],
         autoencoder=(index.get("vae") or [None, None])[1],
         scheduler=index["scheduler"][1],
         prediction_type=transformer["prediction_type"],
-        transformer_millions=f"{_count_parameters(folder / 'transformer') / 1e6:.1f}",
-        embedder_millions=f"{_count_parameters(folder / 'latent_embedder') / 1e6:.1f}",
+        transformer_millions=f"{_count_parameters(folder / 'transformer') / 1e6:.2f}",
+        embedder_millions=f"{_count_parameters(folder / 'latent_embedder') / 1e6:.2f}",
+        code_grid="x".join(str(side // embedder["patch_size"]) for side in sides),
         bottleneck_dim=embedder["bottleneck_dim"],
         code_millions=f"{codes / 1e6:.2f}" if (codes := _count_parameters(folder / "code_transformer")) else None,
         code_guidance_scale=index.get("code_guidance_scale", 1.0),
