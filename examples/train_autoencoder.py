@@ -80,9 +80,10 @@ def measure(vae: AutoencoderKL, loader: DataLoader, batches: int) -> tuple[dict[
         errors.append((decoded - images).flatten(1))
         latents.append(mean)
         if not pictures:
-            for row in range(0, 2 * COLUMNS, COLUMNS):
+            columns = min(COLUMNS, len(images) // 2)
+            for row in (0, columns):
                 for part in (images, decoded):
-                    pictures += PROCESSOR.postprocess(part[row : row + COLUMNS].cpu(), output_type="pil")
+                    pictures += PROCESSOR.postprocess(part[row : row + columns].cpu(), output_type="pil")
     error = torch.cat(errors) / 2  # of pixels in [0, 1]
     figures = {
         "images": len(error),
@@ -141,8 +142,9 @@ def main() -> None:
         figures, pictures = measure(vae, load_images(args.held_out, 100, shuffle=True), batches=10)
         vae.register_to_config(scaling_factor=1 / figures["latent_std"])
         vae.save_pretrained(args.output_dir)
-        make_image_grid(pictures, rows=4, cols=COLUMNS).save(args.output_dir / "reconstructions.png")
         Path(args.output_dir, "reconstruction.json").write_text(json.dumps(figures, indent=1) + "\n")
+        if pictures:  # not of a single image
+            make_image_grid(pictures, rows=4, cols=len(pictures) // 4).save(args.output_dir / "reconstructions.png")
         print(f"PSNR {figures['psnr']:.1f} dB on {figures['images']} held-out images; saved to {args.output_dir}")
 
 

@@ -49,6 +49,20 @@ def test_adapter_is_loaded_fused_and_unloaded(tmp_path):
     assert not any("lora" in name for name in pipe.transformer.state_dict())
 
 
+def test_a_pipeline_is_saved_without_its_adapter_or_with_it_fused(tmp_path):
+    save_adapter(tmp_path / "lora", seed=1)
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path / "lora")
+    expected = sample(pipe)
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="call `unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.allclose(sample(DoDPipeline.from_pretrained(tmp_path / "saved")), expected, atol=1e-4)
+
+
 def test_two_adapters_with_weights(tmp_path):
     """Two at weights 0.5 and 2 are the sum of both changes at these weights, which fusing them one by one makes."""
     pipe = tiny_pipeline()

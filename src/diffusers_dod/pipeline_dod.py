@@ -354,6 +354,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Samples of a stage in the form that `output_type` names."""
+        self.check_output_type(output_type)
         check_sample(latents, self.scheduler)
         if output_type == "latent":
             return latents

@@ -293,11 +293,16 @@ def check_not_a_checkpoint(folder: str) -> None:
     has_index = Path(folder, INDEX_NAME).exists()
     if not has_index and Path(folder, "training_config.json").exists() and Path(folder, "checksums.json").exists():
         run = Path(folder).resolve().parent
+        config = json.loads(Path(folder, "training_config.json").read_text(encoding="utf-8"))
+        cure = "load that. The checkpoint has only the weights that are trained, to resume from."
+        if config.get("train") == ["all"] and "transformer_config" in config:
+            cure = (
+                f"load that, with this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer="
+                f"DoDTransformer2DModel.from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` "
+                "likewise. Averaged weights are in subfolders such as 'transformer_ema_0.9999'."
+            )
         raise ValueError(
-            f"{folder} is a checkpoint of a training run. When the run has ended, its pipeline is in {run}: load that, with "
-            f"this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel"
-            f".from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` likewise. Averaged weights "
-            "are in subfolders such as 'transformer_ema_0.9999'."
+            f"{folder} is a checkpoint of a training run. When the run has ended, its pipeline is in {run}: {cure}"
         )
 
 
@@ -401,6 +406,11 @@ class DoDRepositoryMixin:
                 `push_to_hub=True`, all but `safe_serialization` and `max_shard_size` go to the push, which needs
                 `license`; `repo_id` is by default the folder's name.
         """
+        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                "The transformer has a LoRA beside its weights: save it with `save_lora_weights`, and call "
+                "`unload_lora_weights()`, after `fuse_lora()` to keep what it does, before the pipeline is saved."
+            )
         weights = kwargs
         if push_to_hub:
             weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from demo_models import coded_digits, digits_like
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, FlowMatchHeunDiscreteScheduler
 from helpers import tiny_coded_pipeline, tiny_pipeline, tiny_vae
 from PIL import Image
 
 from diffusers_dod.demo.codes import check_path, colour_maps, paint, reference_codes, rounded
-from diffusers_dod.demo.drawing import Codes, Drawing, Finished, Progress, draw
+from diffusers_dod.demo.drawing import Codes, Drawing, Finished, Progress, draw, private_pipeline
 from diffusers_dod.demo.rendering import samples_html
 from diffusers_dod.demo.snippet import python_code
 from diffusers_dod.demo.studio import Studio
@@ -31,6 +31,18 @@ CASES = {
 
 def pixels(images):
     return [image.tobytes() for image in images]
+
+
+def test_a_guider_of_the_pipeline_guides_and_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = digits_like()
+    pipe.guider = ClassifierFreeGuidance(guidance_scale=2.0)
+    pipe.save_pretrained("model")
+    studio = Studio(pipe, "model")
+    result = studio.first()
+    assert "guidance_scale" not in result.code
+    assert private_pipeline(pipe).guider is not pipe.guider
+    assert private_pipeline(pipe).guider.guidance_scale == 2.0
 
 
 def outcome(pipe, drawing):

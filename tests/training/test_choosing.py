@@ -7,6 +7,7 @@ import pytest
 from training_runs import write_digits
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.cli import BadInput
 from diffusers_dod.training.__main__ import main
 from diffusers_dod.training.choosing import choose_models
 
@@ -28,6 +29,12 @@ def test_patches_make_few_tokens_and_codes_half_of_their_side(size, is_pixels, p
     assert transformer["patch_size"] == patch and embedder["patch_size"] == 2 * patch
     assert transformer["x_prediction"] == (is_pixels and patch >= 4)
     assert f"{tokens}x{tokens} tokens" in lines[0] and f"{tokens // 2}x{tokens // 2} of 4 numbers" in lines[2]
+
+
+@pytest.mark.parametrize("size, cure", [(62, 56), (31, 28), (74, 64)])
+def test_a_size_that_only_large_patches_divide_is_refused(size, cure):
+    with pytest.raises(BadInput, match=f"--resolution of {cure}"):
+        choose_models(options(), size, True, 500, "cpu")
 
 
 @pytest.mark.parametrize(("size", "is_pixels", "codes"), [(28, True, 4), (64, True, 4), (128, True, 8), (8, False, 4)])

@@ -211,3 +211,10 @@ def test_guided_codes_give_other_pictures(tmp_path):
         assert main([*options, "--output_dir", str(tmp_path / scale), "--code_guidance_scale", scale]) == 0
     one, three = ((tmp_path / scale / "stages.png").read_bytes() for scale in ("1", "3"))
     assert one != three
+
+
+def test_latents_without_their_autoencoder_are_no_pictures(tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(options) == 2
+    assert "they are latents, not pictures" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -828,7 +828,7 @@ class ScaleGuidance(StageGuidance):
         prior_tokens = first.prior_tokens
         if prior_tokens is None:
             # Stage 1 has no prior to lose, so only the class can guide it, or a weaker model.
-            loses = self.weak_transformer is not None or self.drop != "prior" or prior_scale is not None
+            loses = self.weak_transformer is not None or self.drop != "prior"
             return [self.second_branch(first)] if scale != 1.0 and loses else []
         if scale == 1.0 and prior_scale in (None, 1.0):
             return []
@@ -1200,7 +1200,7 @@ def prepare_picture(picture: PIL.Image.Image, background: str | tuple[int, ...] 
 
 
 # Noise on the codes where the embedder reads its level, measured in docs/evidence.md
-CODE_NOISE_LEVEL = 0.3
+DEFAULT_CODE_NOISE_LEVEL = 0.3
 
 PriorImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray]
 
@@ -1253,6 +1253,7 @@ class PriorInputsMixin:
     transformer: Any
     latent_embedder: Any
     code_transformer: Any
+    code_scheduler: Any
     image_processor: Any
     spatial_factor: int
 
@@ -1342,6 +1343,25 @@ class PriorInputsMixin:
             )
         return image_latents
 
+    def check_output_type(self, output_type: str) -> None:
+        """Refuses what is no form of output, and pictures where the samples are latents."""
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
+                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
+            )
+
+    def check_code_generation(self, height: int, width: int, num_inference_steps: int, guidance_scale: float) -> None:
+        """Refuses what the code model cannot generate codes with: its scheduler, sizes and numbers."""
+        check_count("code_num_inference_steps", num_inference_steps)
+        check_numbers(code_guidance_scale=guidance_scale)
+        scheduler, transformer = self.code_scheduler, self.code_transformer
+        check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
+        grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
+        check_code_grid(grid, transformer.config.patch_size, height, width)
+
     def check_code_noise_level(self, code_noise_level: float | None) -> None:
         """Refuses what is no level, or any level where the embedder reads none."""
         if code_noise_level is None:
@@ -1369,7 +1389,10 @@ class PriorInputsMixin:
         rows, columns = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
         shape = (batch_size, rows * columns, config.bottleneck_dim)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return {"code_noise": noise, "noise_level": CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level}
+        return {
+            "code_noise": noise,
+            "noise_level": DEFAULT_CODE_NOISE_LEVEL if code_noise_level is None else code_noise_level,
+        }
 
     def prepare_codes(
         self, codes: torch.Tensor, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
@@ -1525,6 +1548,18 @@ def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> N
     index_file.write_text(json_text(index), encoding="utf-8")
 
 
+def write_blocks(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
+    """Writes the blocks of a saved pipeline into its folder; once more where a folder was moved, since they name it.
+
+    Args:
+        folder (`str` or `os.PathLike`): what `save_pretrained` wrote.
+        pipeline_file (`str`, *optional*): as for [`carried_code`].
+    """
+    index = json.loads(Path(folder, INDEX_NAME).read_text(encoding="utf-8"))
+    for path, text in carried_blocks(index, str(folder), pipeline_file=pipeline_file).items():
+        Path(folder, path).write_text(text, encoding="utf-8")
+
+
 def index_with_code(index: dict[str, Any]) -> dict[str, Any]:
     """The index of a folder that carries its code, in the form that diffusers' `trust_remote_code` reads."""
     names = {
@@ -1663,11 +1698,16 @@ def check_not_a_checkpoint(folder: str) -> None:
     has_index = Path(folder, INDEX_NAME).exists()
     if not has_index and Path(folder, "training_config.json").exists() and Path(folder, "checksums.json").exists():
         run = Path(folder).resolve().parent
+        config = json.loads(Path(folder, "training_config.json").read_text(encoding="utf-8"))
+        cure = "load that. The checkpoint has only the weights that are trained, to resume from."
+        if config.get("train") == ["all"] and "transformer_config" in config:
+            cure = (
+                f"load that, with this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer="
+                f"DoDTransformer2DModel.from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` "
+                "likewise. Averaged weights are in subfolders such as 'transformer_ema_0.9999'."
+            )
         raise ValueError(
-            f"{folder} is a checkpoint of a training run. When the run has ended, its pipeline is in {run}: load that, with "
-            f"this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer=DoDTransformer2DModel"
-            f".from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` likewise. Averaged weights "
-            "are in subfolders such as 'transformer_ema_0.9999'."
+            f"{folder} is a checkpoint of a training run. When the run has ended, its pipeline is in {run}: {cure}"
         )
 
 
@@ -1771,6 +1811,11 @@ class DoDRepositoryMixin:
                 `push_to_hub=True`, all but `safe_serialization` and `max_shard_size` go to the push, which needs
                 `license`; `repo_id` is by default the folder's name.
         """
+        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                "The transformer has a LoRA beside its weights: save it with `save_lora_weights`, and call "
+                "`unload_lora_weights()`, after `fuse_lora()` to keep what it does, before the pipeline is saved."
+            )
         weights = kwargs
         if push_to_hub:
             weights = {name: kwargs.pop(name) for name in ("safe_serialization", "max_shard_size") if name in kwargs}
@@ -1780,10 +1825,7 @@ class DoDRepositoryMixin:
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             pipeline_file = str(sys.modules[type(self).__module__].__file__)
             write_code(save_directory, pipeline_file)
-            index = json.loads(Path(save_directory, INDEX_NAME).read_text(encoding="utf-8"))
-            blocks = carried_blocks(index, str(save_directory), pipeline_file=pipeline_file)
-            for path, text in blocks.items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
+            write_blocks(save_directory, pipeline_file)
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs
@@ -1977,7 +2019,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_scales("guidance_scale", guidance_scale, num_stages)
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        self.check_output_type(output_type)
         check_generator(generator, batch_size)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -1990,18 +2032,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         check_scheduler(type(self.scheduler), self.scheduler.config, self.transformer.config)
         self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
-            check_count("code_num_inference_steps", code_num_inference_steps)
-            check_numbers(code_guidance_scale=code_guidance_scale)
-            scheduler, transformer = self.code_scheduler, self.code_transformer
-            check_scheduler(type(scheduler), scheduler.config, transformer.config, "code_scheduler")
-            grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
-            check_code_grid(grid, self.code_transformer.config.patch_size, height, width)
-        channels = self.transformer.config.in_channels
-        if output_type == "pil" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"This pipeline has no autoencoder and its samples have {channels} channels: they are latents, not pictures. "
-                "Pass `output_type='latent'`, or load the pipeline with the `vae=` that the transformer was trained on."
-            )
+            self.check_code_generation(height, width, code_num_inference_steps, code_guidance_scale)
 
     def prepare_latents(
         self,
@@ -2042,6 +2073,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         Returns:
             `torch.Tensor`: `(images, rows * columns, bottleneck_dim)`, not normalised.
         """
+        self._current_stage, self._num_timesteps, self._interrupt = 0, 0, False
         self._guidance_scale, self._prior_guidance_scale = guidance_scale, None
         grid = self.latent_embedder.code_grid(*self._latent_shape(height, width)[1:])
         shape = (len(class_ids), self.code_transformer.config.in_channels, *grid)
@@ -2107,6 +2139,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Samples of a stage in the form that `output_type` names."""
+        self.check_output_type(output_type)
         check_sample(latents, self.scheduler)
         if output_type == "latent":
             return latents

@@ -91,20 +91,20 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> TrainingD
 def name_classes(args: argparse.Namespace, data: TrainingData) -> TrainingData:
     """The data with the labels of the saved model that is trained, where both have names of their classes."""
     source = getattr(args, "pipeline", None) or args.pretrained_model_name_or_path
-    if source is None or not data.id2label:
+    if source is None or data.num_classes == 0:
         return data
     # Missing, private, offline, another class: the libraries raise many kinds.
     with bad_input(Exception, what=f"{source} cannot be loaded as DoDPipeline"):
         config: Any = DoDPipeline.load_config(source, cache_dir=args.cache_dir)
         id2label = {int(class_id): label for class_id, label in (config.get("id2label") or {}).items()}
-    if not id2label:
-        return data
+    if not id2label or not data.id2label:
+        return data._replace(id2label=id2label or data.id2label)
     names = [data.id2label[class_id] for class_id in sorted(data.id2label)]
     with bad_input(ValueError):
         ids = match_classes(names, id2label)
     if ids is None:
         logger.warning(position_table(names, id2label))
-        return data
+        return data._replace(id2label={**id2label, **data.id2label})
     rows = data.rows
     if ids != list(range(len(ids))):
         logger.info(f"{len(ids)} classes of the data go by their names, which are among the model's {len(id2label)}.")

@@ -1,5 +1,6 @@
 """Draws with a shared DoD pipeline and reports codes and stages as they are done."""
 
+import copy
 import queue
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class Drawing:
         seed (`int`): of the first sample; each further sample has the next number.
         num_samples (`int`): samples that are drawn at once.
         num_inference_steps (`list` of `int`): the pipeline's argument.
-        guidance_scale (`list` of `float`): the pipeline's argument.
+        guidance_scale (`list` of `float`, *optional*): the pipeline's argument; `None` where it has a guider.
         start (`str`): what the first stage follows: `"codes"`, nothing (`"stage"`) or a `"picture"` in the place of stage 1.
         same_codes (`bool`): all samples take the codes of the first one, from the code model.
         code_guidance_scale (`float`): class guidance of the code model.
@@ -38,7 +39,7 @@ class Drawing:
     seed: int
     num_samples: int
     num_inference_steps: list[int]
-    guidance_scale: list[float]
+    guidance_scale: list[float] | None
     start: str = "stage"
     same_codes: bool = False
     code_guidance_scale: float = 1.0
@@ -77,7 +78,7 @@ class Drawing:
             **({} if self.num_samples == 1 else {"num_images_per_prompt": self.num_samples}),
             "num_stages": self.num_stages,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
+            **({} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}),
             **({"prior_source": "stage"} if self.start == "stage" else {}),
             **({"code_guidance_scale": self.code_guidance_scale} if draws_codes else {}),
         }
@@ -93,7 +94,7 @@ class Drawing:
         return replace(
             self,
             num_inference_steps=self.num_inference_steps[skipped:],
-            guidance_scale=self.guidance_scale[skipped:],
+            guidance_scale=None if self.guidance_scale is None else self.guidance_scale[skipped:],
             start="codes",
             same_codes=False,
             picture=None,
@@ -126,10 +127,10 @@ class Finished:
 
 
 def private_pipeline(pipe: DoDPipeline) -> DoDPipeline:
-    """A pipeline that shares the weights and nothing else: schedulers and the interrupt flag change while it draws."""
+    """A pipeline that shares the weights and nothing else: schedulers, guider and interrupt flag change while it draws."""
     schedulers = {"scheduler": pipe.scheduler, "code_scheduler": pipe.code_scheduler}
     copies = {name: type(part).from_config(part.config) for name, part in schedulers.items() if part is not None}
-    private = DoDPipeline.from_pipe(pipe, **copies)
+    private = DoDPipeline.from_pipe(pipe, **copies, guider=copy.deepcopy(pipe.guider))
     private.set_progress_bar_config(disable=True)
     return private
 

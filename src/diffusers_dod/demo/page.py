@@ -229,7 +229,13 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                                 gr.Number(NUM_STEPS, label=f"Stage {stage} steps", precision=0, min_width=120)
                             )
                             scales.append(
-                                gr.Number(guidance, label=f"Stage {stage} guidance", step=0.05, min_width=120)
+                                gr.Number(
+                                    guidance,
+                                    label=f"Stage {stage} guidance",
+                                    step=0.05,
+                                    min_width=120,
+                                    visible=pipe.guider is None,
+                                )
                             )
                         rows.append(row)
         with gr.Accordion("The same in Python", open=False):

@@ -4,7 +4,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +70,8 @@ class Studio:
         """
         check_count("num_samples", drawing.num_samples)
         check_numbers(code_guidance_scale=drawing.code_guidance_scale)
+        if self.pipe.guider is not None:  # which has a scale of its own
+            drawing = replace(drawing, guidance_scale=None)
         steps = sum(steps or 0 for steps in drawing.num_inference_steps[drawing.first_stage - 1 :])
         if steps * drawing.num_samples > MAX_STEPS_IN_ALL:
             raise ValueError(f"A drawing takes at most {MAX_STEPS_IN_ALL} steps of all stages and samples together.")

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ..arguments import check_numbers
+from ..autoencoding import vae_spatial_factor
 from ..cli import first_line
-from ..compatibility import check_code_model, check_components, check_scheduler, check_weak_model
+from ..compatibility import check_code_grid, check_code_model, check_components, check_scheduler, check_weak_model
 from ..guidance import check_guider
 from ..latent_embedder_dod import DoDLatentEmbedder
 from ..repository import INDEX_NAME, resolve_index
@@ -264,6 +265,12 @@ def _check_pipeline(folder: Path, files: dict[str, Path]) -> list[str]:
             if "code_transformer" in loaded:
                 configs = (loaded[name].config for name in ("code_transformer", "transformer", "latent_embedder"))
                 check_code_model(*configs)
+                size = loaded["transformer"].config.sample_size
+                height, width = (size, size) if isinstance(size, int) else size
+                grid = loaded["latent_embedder"].code_grid(height, width)
+                factor = vae_spatial_factor(loaded.get("vae"))
+                patch_size = loaded["code_transformer"].config.patch_size
+                check_code_grid(grid, patch_size, height * factor, width * factor)
                 scheduler = loaded["code_scheduler"]
                 check_scheduler(type(scheduler), scheduler.config, loaded["code_transformer"].config)
         except (ValueError, AttributeError) as error:

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from ..arguments import is_count
 from ..autoencoding import vae_latent_channels, vae_spatial_factor
 from ..cli import BadInput, bad_input
-from ..compatibility import DTYPE_ARGUMENT
+from ..compatibility import DTYPE_ARGUMENT, check_code_grid
 from ..data.batches import TrainingData, load_data
 from ..data.cache_writing import vae_settings
 from ..data.features import REPAEncoder
@@ -205,11 +205,9 @@ def build_pipeline(
     elif args.latents_dir is not None:
         origin = {"path": data.rows.manifest["vae_name_or_path"], "subfolder": data.rows.manifest["vae_subfolder"]}
         vae = load_component(AutoModel, **origin, cache_dir=args.cache_dir)
-    if args.latents_dir is not None and (vae is None or not vae_settings(vae).items() <= data.rows.settings.items()):
-        raise BadInput(
-            f"{args.latents_dir} was not made with the VAE of "
-            f"{args.pretrained_model_name_or_path or args.vae_name_or_path or origin['path']}: cache the latents with it"
-        )
+    if args.latents_dir is not None:
+        source = args.pretrained_model_name_or_path or args.vae_name_or_path or origin["path"]
+        check_latents(data, vae, args.latents_dir, source)
     factor = vae_spatial_factor(vae)
     if names_no_size(args):
         args.resolution = args.resolution or choose_resolution(data, factor)
@@ -251,7 +249,17 @@ def build_pipeline(
         saved.latent_embedder.register_to_config(sample_size=derived["sample_size"])
         # A code model and a weaker model are those of one embedder: they stay if the embedder does.
         kept = {"guider": saved.guider}
-        if args.train != ["all"] and "embedder" not in args.train:
+        others = {"code model": saved.code_transformer, "weaker model": saved.weak_transformer}
+        if args.train == ["all"] or "embedder" in args.train:
+            dropped = [name for name, model in others.items() if model is not None]
+            if dropped:
+                say(f"The {' and the '.join(dropped)} are left out: they belong to the embedder as it was.")
+            saved.latent_embedder.register_to_config(codes_mean=None, codes_std=None)
+        else:
+            if saved.code_transformer is not None:
+                grid = saved.latent_embedder.code_grid(derived["sample_size"], derived["sample_size"])
+                with bad_input(ValueError, what="--resolution"):
+                    check_code_grid(grid, saved.code_transformer.config.patch_size, args.resolution, args.resolution)
             kept |= {"code_transformer": saved.code_transformer, "code_scheduler": saved.code_scheduler}
             kept |= {"code_guidance_scale": saved.config.code_guidance_scale}
             kept |= {"weak_transformer": saved.weak_transformer}
@@ -265,6 +273,12 @@ def build_pipeline(
     # Only pixels have a range to clip to.
     scheduler = make_scheduler(args.prediction_type, clip_sample=vae is None)
     return DoDPipeline(transformer, embedder, scheduler, vae, id2label)
+
+
+def check_latents(data: TrainingData, vae: Any, latents_dir: str, source: str) -> None:
+    """Refuses cached latents of another autoencoder than that of `source`."""
+    if vae is None or not vae_settings(vae).items() <= data.rows.settings.items():
+        raise BadInput(f"{latents_dir} was not made with the VAE of {source}: cache the latents with it")
 
 
 def make_scheduler(prediction_type: str, clip_sample: bool = False) -> SchedulerMixin:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
+from ..cli import BadInput
 from ..data.batches import TrainingData
 from ..presets import PRESETS
 
@@ -59,7 +60,13 @@ def choose_patch(size: int, is_pixels: bool) -> int:
     if not is_pixels:
         return 2 if size % 2 == 0 and size > 16 else 1
     wanted = tokens_per_side(size)
-    return min((patch for patch in range(1, size + 1) if size % patch == 0), key=lambda p: abs(size / p - wanted))
+    patch = min((patch for patch in range(1, size + 1) if size % patch == 0), key=lambda p: abs(size / p - wanted))
+    if 2 * (size // patch) < wanted:
+        raise BadInput(
+            f"a patch that divides {size} leaves {size // patch}x{size // patch} tokens: give a --resolution of "
+            f"{max(wanted, size // wanted * wanted)}, or the patch as --transformer_config"
+        )
+    return patch
 
 
 def choose_size(num_images: int | None, tokens: int, device_type: str) -> tuple[str | None, Size]:

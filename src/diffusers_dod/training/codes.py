@@ -23,7 +23,7 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, nearest_preset
 from ..randomness import row_generators, step_generator
 from ..transformer_dod import DoDTransformer2DModel
-from .build import Subject, build_model, load_component, make_scheduler
+from .build import Subject, build_model, check_latents, load_component, make_scheduler
 from .options import resolve_objective
 
 
@@ -126,6 +126,8 @@ class CodeTraining:
         args.resolution = own_resolution
         resolve_objective(args)
         data = load_data(args, accelerator)
+        if args.latents_dir is not None:
+            check_latents(data, pipeline.vae, args.latents_dir, args.pipeline)
         num_classes = pipeline.transformer.config.num_classes
         if data.num_classes > num_classes or (data.num_classes == 0 and num_classes > 0):
             raise BadInput(

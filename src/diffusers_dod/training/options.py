@@ -321,6 +321,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise BadInput(f"--{name} and --pretrained_model_name_or_path exclude each other: the saved one is used")
     if args.streaming and args.sampling == "balanced":
         raise BadInput("--sampling balanced needs to know all images, so not --streaming")
+    if args.sampling == "balanced" and args.num_classes == 0:
+        raise BadInput("--sampling balanced draws classes equally often, but --num_classes is 0")
     if args.train is None:
         args.train = ["all"] if args.lora_rank is None else ["embedder", "lora"]
     if ("lora" in args.train) != (args.lora_rank is not None):

@@ -72,6 +72,7 @@ def draw(args: argparse.Namespace) -> None:
     # 1. Samples; one generator each, so that a column does not depend on the others
     with bad_input():
         pipe = DoDPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe.check_output_type("pil")
         class_ids = choose_classes(pipe, args.classes)
         source = args.prior_source or ("stage" if pipe.code_transformer is None else "codes")
         stages = pipe(

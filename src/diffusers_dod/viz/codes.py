@@ -57,5 +57,5 @@ def stage_code_maps(pipe: DoDPipeline, stages: list[torch.Tensor]) -> list[list[
     latents = torch.cat(stages)
     patch_size = pipe.latent_embedder.config.patch_size
     grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
-    maps = iter(code_maps(pipe.latent_embedder(latents).codes, grid))
+    maps = iter(code_maps(pipe.latent_embedder.encode(latents), grid))
     return [[next(maps) for _ in stage] for stage in stages]
