@@ -10,15 +10,18 @@ from diffusers_dod.viz import code_maps, stage_grid
 
 
 ROOT = Path(__file__).parents[1]
-MODELS = {"digits": list("0123456789"), "letters": list("ABCDEFGHIJ"), "emoji": None}
+MODELS = {
+    "digits": list("0123456789"),
+    "letters": list("ABCDEFGHIJ"),
+    "emoji": ["clock", "face", "face", "flag", "flag", "heart", "heart", "person", "person", "shape"],
+}
 SEED, SAMPLES, CODE_GUIDANCE = 0, 2, 3.0
 
 
-def draw_model(folder: Path, labels: list[str] | None) -> Image.Image:
+def draw_model(folder: Path, labels: list[str]) -> Image.Image:
     """Codes of some classes, one per column, and samples from them."""
     pipe = DoDPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    labels = labels or list(pipe.config.id2label.values())
     output = pipe(labels, code_guidance_scale=CODE_GUIDANCE, generator=torch.Generator().manual_seed(SEED))
     rows = [output.images]
     for seed in range(SEED + 1, SEED + SAMPLES):

@@ -1,0 +1,1 @@
+../../code/diffusers_dod.py
