@@ -173,7 +173,7 @@ def describe_training(name: str, data: str, weak_transformer: str | None) -> dic
     if weak_transformer is not None:
         training["weaker model for autoguidance"] = weak_transformer
     for part, recipe in recipes.items():
-        training[f"{part}: recipe"] = f"examples/recipes/{recipe}"
+        training[f"{part}: recipe"] = recipe
         for key, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
             if not key.endswith(("_steps", "_limit", "_path")) or key in ("max_train_steps", "lr_warmup_steps"):
                 training[f"{part}: {key}"] = value if isinstance(value, str) else json.dumps(value)

@@ -53,7 +53,7 @@ def test_figures_are_means_of_the_seeds(data):
 def test_a_training_is_described_by_its_recipes():
     training = describe_training("digits", "mnist", "checkpoint-1000/transformer")
     assert training["weaker model for autoguidance"] == "checkpoint-1000/transformer"
-    assert training["transformer and embedder: recipe"] == "examples/recipes/digits.yaml"
+    assert training["transformer and embedder: recipe"] == "digits.yaml"
     assert training["transformer and embedder: lr_warmup_steps"] == "300"
     assert training["code model: code_guidance_scale"] == "1.2"
     assert "continued training of the transformer: max_train_steps" in training
