@@ -87,7 +87,7 @@ def test_help_names_every_default(helps, command):
     for name, value in args.items():
         # What is off or `None` says itself what that means, and so do options that are settled with others.
         off = value is None or value is False or value == []
-        settled = name in ("train", "stages", "metrics") or (
+        settled = name in ("train", "stages", "metrics", "report_to") or (
             command == "train" and name in ("train_batch_size", "max_train_steps")
         )
         if not off and f"--{name}" not in LEAST[command] and not settled:

@@ -187,7 +187,6 @@ class DoDInputStep(ModularPipelineBlocks):
             raise ValueError("`image` replaces stage 1, so `num_stages` must be at least 2.")
         check_per_stage(block.num_stages, num_inference_steps=block.num_inference_steps)
         check_steps(block.num_inference_steps, block.num_stages)
-        prepared.check_output_type(block.output_type)
         check_generator(block.generator, batch_size)
         prepared.check_code_noise_level(block.code_noise_level)
 
@@ -208,6 +207,7 @@ class DoDInputStep(ModularPipelineBlocks):
         check_guidance(
             components.guider, prepared.transformer, components.weak_transformer, None, None, block.guidance_drop, None
         )
+        prepared.check_output_type(block.output_type)
 
         block.class_ids = torch.tensor(label_ids, device=components._execution_device)
         block.class_ids = block.class_ids.repeat_interleave(block.num_images_per_prompt)

@@ -234,7 +234,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_scales("guidance_scale", guidance_scale, num_stages)
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
-        self.check_output_type(output_type)
         check_generator(generator, batch_size)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -248,6 +247,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
             self.check_code_generation(height, width, code_num_inference_steps, code_guidance_scale)
+        self.check_output_type(output_type)
 
     def prepare_latents(
         self,

@@ -295,7 +295,7 @@ def check_not_a_checkpoint(folder: str) -> None:
         run = Path(folder).resolve().parent
         config = json.loads(Path(folder, "training_config.json").read_text(encoding="utf-8"))
         cure = "load that. The checkpoint has only the weights that are trained, to resume from."
-        if config.get("train") == ["all"] and "transformer_config" in config:
+        if config.get("train") == ["all"] and config.get("transformer_config"):
             cure = (
                 f"load that, with this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer="
                 f"DoDTransformer2DModel.from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` "

@@ -240,7 +240,7 @@ def test_classes_of_other_names_go_by_position_and_a_table_says_so(model, tmp_pa
     write(tmp_path / "set", ["gnu", "zebra"])
     with caplog.at_level(logging.WARNING):
         _, data, _ = load(tmp_path, "--train_data_dir", tmp_path / "set", "--pretrained_model_name_or_path", model)
-    assert sorted(set(data.rows["label"][:])) == [0, 1] and data.id2label == {0: "gnu", 1: "zebra"}
+    assert sorted(set(data.rows["label"][:])) == [0, 1] and data.id2label == {**LABELS, 0: "gnu", 1: "zebra"}
     assert "  data 'gnu': model 0 ('ant')\n  data 'zebra': model 1 ('kite, fighter kite')" in caplog.text
 
 

@@ -94,6 +94,8 @@ def test_a_killed_run_resumes_bit_equal_and_the_same_command_is_finished(digits,
     whole = train(pipeline, digits, tmp_path / "whole", *options)
     shutil.copytree(whole / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     assert_equal_tensors(code_weights(train(pipeline, digits, tmp_path / "resumed", *options)), code_weights(whole))
+    with pytest.raises(ValueError, match="only the weights that are trained"):
+        DoDPipeline.from_pretrained(whole / "checkpoint-3")
     train(pipeline, digits, whole, *options)
     assert "is finished" in capsys.readouterr().out
 

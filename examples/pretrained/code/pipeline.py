@@ -1700,7 +1700,7 @@ def check_not_a_checkpoint(folder: str) -> None:
         run = Path(folder).resolve().parent
         config = json.loads(Path(folder, "training_config.json").read_text(encoding="utf-8"))
         cure = "load that. The checkpoint has only the weights that are trained, to resume from."
-        if config.get("train") == ["all"] and "transformer_config" in config:
+        if config.get("train") == ["all"] and config.get("transformer_config"):
             cure = (
                 f"load that, with this step's models: `DoDPipeline.from_pretrained({str(run)!r}, transformer="
                 f"DoDTransformer2DModel.from_pretrained({folder!r}, subfolder='transformer'))`, and the `latent_embedder` "
@@ -2019,7 +2019,6 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
             check_scales("guidance_scale", guidance_scale, num_stages)
         check_scales("prior_guidance_scale", prior_guidance_scale, num_stages, or_none=True)
         check_intervals(guidance_interval, num_stages)
-        self.check_output_type(output_type)
         check_generator(generator, batch_size)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -2033,6 +2032,7 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
         self.check_code_noise_level(code_noise_level)
         if prior_source == "codes" and codes is None:
             self.check_code_generation(height, width, code_num_inference_steps, code_guidance_scale)
+        self.check_output_type(output_type)
 
     def prepare_latents(
         self,
