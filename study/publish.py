@@ -20,6 +20,7 @@ from referee import Referee
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel
+from diffusers_dod.training.codes import nearest_distances
 from diffusers_dod.viz import code_maps, stage_grid
 
 
@@ -70,15 +71,10 @@ def normalized_codes(pipe: DoDPipeline, images: torch.Tensor) -> torch.Tensor:
     return pipe.latent_embedder.normalize_codes(torch.cat(codes), size, size)
 
 
-def nearest(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Distance of each sample to the nearest of the others, `(number,)`."""
-    return torch.cat([torch.cdist(part, others.flatten(1)).amin(dim=1) for part in samples.flatten(1).split(100)])
-
-
 def memory(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> tuple[float, float]:
     """Median distance to the nearest of the training set, and the share of samples that have none nearer in the held-out set."""
-    to_training = nearest(samples, training)
-    return float(to_training.median()), float((to_training < nearest(samples, held_out)).float().mean())
+    to_training = nearest_distances(samples, training)
+    return float(to_training.median()), float((to_training < nearest_distances(samples, held_out)).float().mean())
 
 
 def expected_share(labels: torch.Tensor, data: DataSet) -> float:
@@ -122,8 +118,8 @@ def measure(
         "fd": measured["fd"],
         "fd_pca": measured["fd_pca"],
         "accuracy": referee.accuracy,
-        "nearest_image": float(nearest(held_out, training).median()) / pixels,
-        "nearest_code": float(nearest(held_out_codes[rows], training_codes).median()),
+        "nearest_image": float(nearest_distances(held_out, training).median()) / pixels,
+        "nearest_code": float(nearest_distances(held_out_codes[rows], training_codes).median()),
         "training_image": expected_share(labels, data),
         "training_code": expected_share(labels, data),
     }

@@ -1,5 +1,7 @@
 """Autoencoders of LightningDiT and REPA-E as diffusers' `AutoencoderKL`, alone and in a converted pipeline."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -142,6 +144,8 @@ def test_repaes_checkpoint_has_its_autoencoder(source, tmp_path, capsys):
         command += ["--vae", str(tmp_path / "vae.safetensors")]
     assert main(command) == 0
     assert "AutoencoderKL" in capsys.readouterr().out
+    blocks = json.loads((tmp_path / "output" / "modular_model_index.json").read_text())
+    assert blocks["transformer"][2]["pretrained_model_name_or_path"] == str(tmp_path / "output")
     pipe = DoDPipeline.from_pretrained(tmp_path / "output")
     variance = original.weights["bn.running_var"][:4]
     torch.testing.assert_close(torch.tensor(pipe.vae.config.latents_std), variance.sqrt())

@@ -203,7 +203,7 @@ def test_a_recipe_trains_a_converted_model(name, train, tmp_path):
         ("weighting: cosmos", "--weighting: invalid choice"),
         ("a: [", "cannot be read"),
         ("recipe: other.yaml", "'recipe', which is no option"),
-        ("mixed_precision: yes", "--mixed_precision: invalid choice: 'True'"),
+        ("mixed_precision: yes", "--mixed_precision: invalid choice: 'yes'"),
         # Aliases can grow without end, a repeated name hides a value, and nothing of a file is code.
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases are not allowed"),
         ("base: &base {seed: 1}\nother: {<<: *base}\n", "aliases are not allowed"),
@@ -230,6 +230,7 @@ def test_a_recipe_is_read_as_yaml_but_for_its_numbers_with_exponents():
     text = "seed: 1\ntransformer_config: {patch_size: 4, num_layers: 2}\nema_decay: [0.9, 0.99]\nlearning_rate: 1e-4\n"
     expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
     assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
+    assert load_recipe("a: true\nb: False\nc: no\nd: on\n") == {"a": True, "b": False, "c": "no", "d": "on"}
     assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
 
 

@@ -1548,15 +1548,18 @@ def write_code(folder: str | os.PathLike, pipeline_file: str | None = None) -> N
     index_file.write_text(json_text(index), encoding="utf-8")
 
 
-def write_blocks(folder: str | os.PathLike, pipeline_file: str | None = None) -> None:
-    """Writes the blocks of a saved pipeline into its folder; once more where a folder was moved, since they name it.
+def write_blocks(
+    folder: str | os.PathLike, place: str | os.PathLike | None = None, pipeline_file: str | None = None
+) -> None:
+    """Writes the blocks of a saved pipeline, which name the folder that they lie in, into it.
 
     Args:
         folder (`str` or `os.PathLike`): what `save_pretrained` wrote.
+        place (`str` or `os.PathLike`, *optional*): where the folder is moved to next.
         pipeline_file (`str`, *optional*): as for [`carried_code`].
     """
     index = json.loads(Path(folder, INDEX_NAME).read_text(encoding="utf-8"))
-    for path, text in carried_blocks(index, str(folder), pipeline_file=pipeline_file).items():
+    for path, text in carried_blocks(index, str(place or folder), pipeline_file=pipeline_file).items():
         Path(folder, path).write_text(text, encoding="utf-8")
 
 
@@ -1810,6 +1813,9 @@ class DoDRepositoryMixin:
                 of [`DiffusionPipeline.save_pretrained`], such as `variant` and `max_shard_size`. With
                 `push_to_hub=True`, all but `safe_serialization` and `max_shard_size` go to the push, which needs
                 `license`; `repo_id` is by default the folder's name.
+
+        Raises:
+            ValueError: if a LoRA is loaded, which the saved weights would hold in peft's layout.
         """
         if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
             raise ValueError(
@@ -1825,7 +1831,7 @@ class DoDRepositoryMixin:
         if type(self) is self._pipeline_class():  # the code of a subclass may be anything, such as a user's script
             pipeline_file = str(sys.modules[type(self).__module__].__file__)
             write_code(save_directory, pipeline_file)
-            write_blocks(save_directory, pipeline_file)
+            write_blocks(save_directory, pipeline_file=pipeline_file)
         if push_to_hub:
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.pop("repo_id", Path(save_directory).name), **kwargs

@@ -96,11 +96,11 @@ def save_pipeline(pipeline: DoDPipeline, output: Path) -> None:
         raise BadInput(f"{output} cannot be written: {error}.") from error
     try:
         pipeline.save_pretrained(partial)
+        write_blocks(partial, place=output)
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    write_blocks(output)
 
 
 def describe(transformer: DoDTransformer2DModel, source: str, notes: list[str]) -> list[str]:

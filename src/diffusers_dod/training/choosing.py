@@ -45,6 +45,11 @@ def choose_resolution(data: TrainingData, factor: int) -> int:
         return LARGEST_SIDE
     sides = [_short_side(data.rows[row]["image"]) for row in range(0, data.size, max(1, data.size // NUM_LOOKED_AT))]
     side = min(LARGEST_SIDE, int(statistics.median(sides)))
+    return fitting_side(side, factor)
+
+
+def fitting_side(side: int, factor: int = 1) -> int:
+    """The side at or below `side` that makes the wanted number of tokens, for an autoencoder of that factor."""
     multiple = tokens_per_side(side // factor) * factor
     return max(multiple, side // multiple * multiple)
 
@@ -64,7 +69,7 @@ def choose_patch(size: int, is_pixels: bool) -> int:
     if 2 * (size // patch) < wanted:
         raise BadInput(
             f"a patch that divides {size} leaves {size // patch}x{size // patch} tokens: give a --resolution of "
-            f"{max(wanted, size // wanted * wanted)}, or the patch as --transformer_config"
+            f"{fitting_side(size)}, or the patch as --transformer_config"
         )
     return patch
 

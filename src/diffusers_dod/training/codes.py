@@ -188,8 +188,8 @@ class CodeTraining:
         generated = pipeline.latent_embedder.normalize_codes(generated, latent_size, latent_size)
         training = self.kept.flatten(0, 1)
         distances = {
-            "generated": nearest_distance(generated, training),
-            "held_out": nearest_distance(self.held_out[:count, 0], training),
+            "generated": float(nearest_distances(generated, training).median()),
+            "held_out": float(nearest_distances(self.held_out[:count, 0], training).median()),
         }
         copies = distances["generated"] < COPYING * distances["held_out"]
         write_json(Path(args.output_dir, "codes.json"), {**distances, "count": count, "copies": copies})
@@ -204,7 +204,7 @@ class CodeTraining:
             )
 
 
-def nearest_distance(codes: torch.Tensor, training: torch.Tensor, chunk: int = 100) -> float:
-    """Median over `codes` of the distance to the nearest row of `training`, both `(number, ...)`."""
+def nearest_distances(codes: torch.Tensor, training: torch.Tensor, chunk: int = 100) -> torch.Tensor:
+    """Distance of each of `codes` to the nearest row of `training`, both `(number, ...)`; `(number,)`."""
     parts = codes.flatten(1).split(chunk)
-    return float(torch.cat([torch.cdist(part, training.flatten(1)).amin(dim=1) for part in parts]).median())
+    return torch.cat([torch.cdist(part, training.flatten(1)).amin(dim=1) for part in parts])

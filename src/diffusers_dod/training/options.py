@@ -254,10 +254,8 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
             raise BadInput(f"--recipe {path} has {name!r}, which is no option of this command")
         if value is None:
             continue  # as if it were not there
-        if isinstance(value, bool) and isinstance(known[name], argparse.BooleanOptionalAction):
+        if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is False and "no" in (known[name].choices or ()):
-            flags.append(f"--{name}=no")  # which YAML reads as false
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:

@@ -121,13 +121,13 @@ def _place_pipeline(pipeline: DoDPipeline, output_dir: str, config: dict[str, An
     unfinished = Path(output_dir, "tmp-pipeline")
     remove(unfinished)
     pipeline.save_pretrained(unfinished)
+    write_blocks(unfinished, place=output_dir)
     for part in sorted(unfinished.iterdir(), key=lambda path: path.name == DoDPipeline.config_name):
         place = Path(output_dir, part.name)
         if place.is_dir():
             remove(place)
         part.replace(place)
     unfinished.rmdir()
-    write_blocks(output_dir)
     write_json(Path(output_dir, CONFIG_NAME), {**config, "step": config["max_train_steps"]})
 
 
