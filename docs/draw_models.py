@@ -15,14 +15,14 @@ MODELS = {
     "letters": list("ABCDEFGHIJ"),
     "emoji": ["clock", "face", "face", "flag", "flag", "heart", "heart", "person", "person", "shape"],
 }
-SEED, SAMPLES, CODE_GUIDANCE = 0, 2, 3.0
+SEED, SAMPLES = 0, 2
 
 
 def draw_model(folder: Path, labels: list[str]) -> Image.Image:
     """Codes of some classes, one per column, and samples from them."""
     pipe = DoDPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    output = pipe(labels, code_guidance_scale=CODE_GUIDANCE, generator=torch.Generator().manual_seed(SEED))
+    output = pipe(labels, generator=torch.Generator().manual_seed(SEED))
     rows = [output.images]
     for seed in range(SEED + 1, SEED + SAMPLES):
         rows.append(pipe(labels, codes=output.codes, generator=torch.Generator().manual_seed(seed)).images)

@@ -7,12 +7,12 @@
 | `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
 | `characters` | upper case, lower case and digits of the same typefaces, on a common baseline, 64x64 | the character | every eighth family |
 | `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
-| `emoji-kinds` | of the same, the kinds that look alike, in all skin tones | the kind, as in `EMOJI_KINDS` | every eighth emoji |
+| `emoji-kinds` | emoji of five designs, the kinds that look alike, in all skin tones, 32x32 in colour | the kind, as in `EMOJI_KINDS` | every eighth emoji |
 """
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,22 +24,32 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 class DataSet(NamedTuple):
-    """Images are `(number, channels, size, size)` in [-1, 1], labels `(number,)`."""
+    """Images are `(number, channels, size, size)` in [-1, 1], labels `(number,)`.
+
+    Groups, `(number,)`, are what is held out as a whole: each image, or all images of one typeface family or one emoji.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     held_out_images: torch.Tensor
     held_out_labels: torch.Tensor
     class_names: list[str]
+    groups: torch.Tensor
+    held_out_groups: torch.Tensor
 
 
-def split(images: torch.Tensor, labels: torch.Tensor, held_out: torch.Tensor, class_names: list[str]) -> DataSet:
-    return DataSet(images[~held_out], labels[~held_out], images[held_out], labels[held_out], class_names)
+def split(
+    images: torch.Tensor, labels: torch.Tensor, held_out: torch.Tensor, class_names: list[str], groups: torch.Tensor
+) -> DataSet:
+    parts = [(values[~held_out], values[held_out]) for values in (images, labels, groups)]
+    (seen, unseen), (seen_labels, unseen_labels), (seen_groups, unseen_groups) = parts
+    return DataSet(seen, seen_labels, unseen, unseen_labels, class_names, seen_groups, unseen_groups)
 
 
 def digits(source: Path | None) -> DataSet:
     images, labels = load_digits()
-    return split(images, labels, torch.arange(len(images)) % 5 == 0, [str(digit) for digit in range(10)])
+    order = torch.arange(len(images))
+    return split(images, labels, order % 5 == 0, [str(digit) for digit in range(10)], order)
 
 
 def mnist(source: Path | None) -> DataSet:
@@ -56,7 +66,8 @@ def mnist(source: Path | None) -> DataSet:
         labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
         return torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(labels).long()
 
-    return DataSet(*read("train"), *read("t10k"), [str(digit) for digit in range(10)])
+    names = [str(digit) for digit in range(10)]
+    return DataSet(*read("train"), *read("t10k"), names, torch.arange(60_000), torch.arange(60_000, 70_000))
 
 
 def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None:
@@ -112,8 +123,8 @@ def split_typefaces(
     ]
     pixels = torch.from_numpy(np.stack([np.asarray(image)[None] for _, _, image in rows])).float() / 127.5 - 1
     labels = torch.tensor([class_names.index(to_class(character)) for _, character, _ in rows])
-    held_out = torch.tensor([order[family] % 8 == 0 for family, _, _ in rows])
-    return split(pixels, labels, held_out, class_names)
+    groups = torch.tensor([order[family] for family, _, _ in rows])
+    return split(pixels, labels, groups % 8 == 0, class_names, groups)
 
 
 def draw_letters(font: ImageFont.FreeTypeFont, letters: str) -> dict[str, Image.Image]:
@@ -154,19 +165,14 @@ def characters(source: Path | None) -> DataSet:
 
 
 def emoji_entries(source: Path | None, vendor: str) -> list[dict]:
-    """What the npm package of a vendor, under `source`, lists: per emoji its group, kind and files."""
+    """What the npm package of a vendor, under `source`, lists: per emoji its group, kind, file and skin tones."""
     package = (source or Path("node_modules")) / f"emoji-datasource-{vendor}"
     if not package.is_dir():
         raise FileNotFoundError(
             f"{package} is missing: `npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0`, and "
             "pass --source node_modules."
         )
-    folder = package / "img" / vendor / "64"
-    return [
-        {**entry, "files": [file for look in looks if (file := folder / look["image"]).exists()]}
-        for entry in json.loads((package / "emoji.json").read_text())
-        for looks in [[entry, *entry.get("skin_variations", {}).values()]]
-    ]
+    return json.loads((package / "emoji.json").read_text())
 
 
 def draw_emoji(file: Path) -> np.ndarray:
@@ -177,23 +183,26 @@ def draw_emoji(file: Path) -> np.ndarray:
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def split_emoji(pictures: list[np.ndarray], names: list[str], held_out: list[bool]) -> DataSet:
+def split_emoji(pictures: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> DataSet:
+    """A data set whose held-out images are those of every eighth emoji, in all designs, skin tones and colours."""
     class_names = sorted(set(names))
     pixels = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
     labels = torch.tensor([class_names.index(name) for name in names])
-    return split(pixels, labels, torch.tensor(held_out), class_names)
+    groups = torch.tensor(numbers)
+    return split(pixels, labels, groups % 8 == 0, class_names, groups)
 
 
 def emoji(source: Path | None) -> DataSet:
-    pictures, names, held_out = [], [], []
+    pictures, names, numbers = [], [], []
     for vendor in ("google", "twitter"):
         for number, entry in enumerate(emoji_entries(source, vendor)):
-            if entry["category"] in ("Flags", "Component") or not entry["files"]:
+            file = (source or Path("node_modules")) / f"emoji-datasource-{vendor}/img/{vendor}/64" / entry["image"]
+            if entry["category"] in ("Flags", "Component") or not file.exists():
                 continue
-            pictures.append(draw_emoji(entry["files"][0]))
+            pictures.append(draw_emoji(file))
             names.append(entry["category"])
-            held_out.append(number % 8 == 0)
-    return split_emoji(pictures, names, held_out)
+            numbers.append(number)
+    return split_emoji(pictures, names, numbers)
 
 
 # Subcategories of emoji that look alike, by the class they make up
@@ -208,20 +217,50 @@ EMOJI_KINDS = {
     "person": ("person", "person-gesture", "person-role"),
     "shape": ("geometric",),
 }
+# Designs of emoji, and where their packages have them. Flags are those of the first two: the others' are round, or Noto's.
+EMOJI_DESIGNS = {
+    "Noto": "emoji-datasource-google/img/google/64",
+    "Twemoji": "emoji-datasource-twitter/img/twitter/64",
+    "Noto of 2017": "noto-2017/img/google/64",
+    "EmojiOne": "emojione/assets/png",
+    "Fluent": "@lobehub/fluent-emoji-3d/assets",
+}
+EMOJI_PACKAGES = (
+    "emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 noto-2017@npm:emoji-datasource-google@3.0.0 "
+    "emojione@2.2.7 @lobehub/fluent-emoji-3d@1.1.0"
+)
+
+
+def code_points(name: str) -> tuple[str, ...]:
+    """Of the name of an emoji's file, without joiners and variation selectors, which not all designs write."""
+    points = (point.lower().lstrip("0") for point in name.split("-"))
+    return tuple(point for point in points if point not in ("200d", "fe0f"))
 
 
 def emoji_kinds(source: Path | None) -> DataSet:
     kinds = {subcategory: kind for kind, subcategories in EMOJI_KINDS.items() for subcategory in subcategories}
-    pictures, names, held_out = [], [], []
-    for vendor in ("google", "twitter"):
-        for number, entry in enumerate(emoji_entries(source, vendor)):
-            if entry["subcategory"] not in kinds:
+    entries = emoji_entries(source, "google")
+    pictures: dict[bytes, tuple[np.ndarray, str, int]] = {}
+    for design, folder in EMOJI_DESIGNS.items():
+        path = (source or Path("node_modules")) / folder
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is missing: `npm install {EMOJI_PACKAGES}`, and pass --source.")
+        files = {code_points(file.stem): file for file in sorted(path.iterdir())}
+        for number, entry in enumerate(entries):
+            kind = kinds.get(entry["subcategory"])
+            if kind is None or (kind == "flag" and design not in ("Noto", "Twemoji")):
                 continue
-            for file in entry["files"]:  # an emoji's skin tones are held out together
-                pictures.append(draw_emoji(file))
-                names.append(kinds[entry["subcategory"]])
-                held_out.append(number % 8 == 0)
-    return split_emoji(pictures, names, held_out)
+            for look in (entry, *entry.get("skin_variations", {}).values()):
+                file = files.get(code_points(Path(look["image"]).stem))
+                if file is None:
+                    continue
+                drawn = draw_emoji(file)
+                # Faces and people keep their colours; the others are also drawn with red, green and blue exchanged.
+                for colours in range(1 if kind in ("face", "person") else 3):
+                    picture = np.roll(drawn, colours, axis=0)
+                    pictures.setdefault(picture.tobytes(), (picture, kind, number))
+    arrays, names, numbers = zip(*pictures.values())
+    return split_emoji(arrays, names, numbers)
 
 
 DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {

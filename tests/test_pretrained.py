@@ -1,6 +1,7 @@
 """The models in the repository: they load in every way, draw what is asked for, and nothing is missing for a push."""
 
 import json
+import re
 
 import nbformat
 import numpy as np
@@ -68,12 +69,38 @@ def test_digits_are_read_as_what_they_should_be():
     with torch.no_grad():
         reference = classifier.features(images)
     figures = []
-    for options in ({}, {"prior_source": "stage", "num_stages": 1}):
+    for options in ({"code_guidance_scale": 1.0}, {"prior_source": "stage", "num_stages": 1}):
         generator = torch.Generator().manual_seed(0)
         drawn = pipe(wanted, num_inference_steps=12, generator=generator, output_type="latent", **options).images
         figures.append(measure(classifier, drawn.clamp(-1, 1), wanted, reference))
     (from_codes, accuracy), (from_class, _) = figures
     assert accuracy > 0.95 and from_codes < 0.9 * from_class
+
+
+def test_the_readme_quotes_the_models_figures():
+    """As the limits there do: in the order digits, letters and emoji, with the figures of real images."""
+    readme = " ".join((EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split())
+    evaluations = [json.loads((EXAMPLES / f"pretrained/{name}/evaluation.json").read_text()) for name in MODELS]
+    results = [{result["metric"]: result for result in evaluation["results"]} for evaluation in evaluations]
+
+    def values(metric, digits, factor=100.0):
+        return [f"{factor * result[metric]['value']:.{digits}f}" for result in results]
+
+    def references(metric, digits):
+        found = [re.search(r": ([\d.]+)(?: ± ([\d.]+))?\)$", result[metric]["name"]).groups() for result in results]
+        return [" ± ".join(f"{100 * float(value):.{digits}f}" for value in values if value) for values in found]
+
+    read, real = values("accuracy", 1), references("accuracy", 1)
+    assert f"{read[0]} % of their digits, {read[1]} % of their letters and {read[2]} % of their emoji" in readme
+    assert f"held-out real images: {real[0]}, {real[1]} and {real[2]} %" in readme
+    unguided = values("accuracy, code_guidance_scale=1", 1)
+    assert f"the accuracies are {unguided[0]}, {unguided[1]} and {unguided[2]} %" in readme
+    distances = [values("fd", 0, 1), values("fd, code_guidance_scale=1", 0, 1)]
+    assert f"instead of {', '.join(distances[0][:2])} and {distances[0][2]}" in readme
+    assert f"the Fréchet distances {', '.join(distances[1][:2])} and {distances[1][2]}" in readme
+    known, without = values("training_image", 0), references("training_image", 0)
+    assert f"For {known[0]} % of the digits, {known[1]} % of the letters and {known[2]} % of the emoji" in readme
+    assert f"the shares would be {without[0]}, {without[1]} and {without[2]} %" in readme
 
 
 def test_the_notebook_runs():

@@ -1,10 +1,12 @@
 """`study/publish.py`: what it measures, and what it writes of a model's training."""
 
+import re
+
 import data_sets
 import pytest
 import torch
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_transformer
-from publish import SEEDS, describe_training, expected_share, measure, memory
+from publish import SEEDS, describe_training, expected_share, measure, memory, standard_error
 from referee import Referee
 
 
@@ -14,17 +16,21 @@ def data():
     return whole._replace(
         images=whole.images[::13],
         labels=whole.labels[::13],
+        groups=whole.groups[::13],
         held_out_images=whole.held_out_images[::16],
         held_out_labels=whole.held_out_labels[::16],
+        held_out_groups=whole.held_out_groups[::16],
     )
 
 
 def test_samples_that_are_training_images_are_found(data):
     known, unknown = data.images[:20], data.held_out_images[:20]
-    assert memory(known, data.images, data.held_out_images) == (pytest.approx(0, abs=0.1), 1)
-    distance, share = memory(unknown, data.images, data.held_out_images)
-    assert distance > 1 and share == 0
-    assert memory(torch.cat([known, unknown]), data.images, data.held_out_images)[1] == 0.5
+    copied = memory(known, data.images, data.held_out_images, data)
+    assert copied.distance == pytest.approx(0, abs=0.1) and copied.is_training.all()
+    assert copied.groups.tolist() == data.groups[:20].tolist()
+    own = memory(unknown, data.images, data.held_out_images, data)
+    assert own.distance > 1 and not own.is_training.any()
+    assert own.groups.tolist() == data.held_out_groups[:20].tolist()
 
 
 def test_the_share_without_copying_is_that_of_the_classes(data):
@@ -34,6 +40,12 @@ def test_the_share_without_copying_is_that_of_the_classes(data):
         for label in (0, 1)
     ]
     assert expected_share(labels, data) == pytest.approx((2 * shares[0] + shares[1]) / 3)
+
+
+def test_samples_near_one_group_count_as_one():
+    assert standard_error(0.8, torch.arange(100)) == pytest.approx(0.04)
+    assert standard_error(0.8, torch.arange(100) % 4) == pytest.approx(0.2)
+    assert standard_error(0.8, torch.zeros(100)) == pytest.approx(0.4)
 
 
 def test_figures_are_means_of_the_seeds(data):
@@ -47,7 +59,7 @@ def test_figures_are_means_of_the_seeds(data):
     for result in results.values():
         assert len(result["seeds"]) == len(SEEDS)
         assert result["value"] == pytest.approx(sum(result["seeds"]) / len(SEEDS), abs=1e-4)
-    assert "without copying: 0.8" in results["training_image"]["name"]
+    assert re.search(r"without copying: 0\.8\d\d ± 0\.[01]\d\d\)", results["training_image"]["name"])
 
 
 def test_a_training_is_described_by_its_recipes():
@@ -55,6 +67,6 @@ def test_a_training_is_described_by_its_recipes():
     assert training["weaker model for autoguidance"] == "checkpoint-1000/transformer"
     assert training["transformer and embedder: recipe"] == "digits.yaml"
     assert training["transformer and embedder: lr_warmup_steps"] == "300"
-    assert training["code model: code_guidance_scale"] == "1.2"
+    assert training["code model: code_guidance_scale"] == "2.0"
     assert "continued training of the transformer: max_train_steps" in training
     assert not any(key.endswith("checkpointing_steps") for key in training)

@@ -188,36 +188,54 @@ def test_mnist_is_read_from_its_files(tmp_path):
         data_sets.mnist(tmp_path / "nowhere")
 
 
-def test_emoji_are_read_by_group_or_by_kind(tmp_path):
-    faces = [("face-smiling", "Smileys & Emotion")] * 8
-    entries = [*faces, ("person-role", "People & Body"), ("country-flag", "Flags"), ("food-fruit", "Food & Drink")]
+FACES = [("face-smiling", "Smileys & Emotion")] * 8
+EMOJI = [*FACES, ("person-role", "People & Body"), ("country-flag", "Flags"), ("food-fruit", "Food & Drink")]
+
+
+def write_emoji(folder, listing, shade):
+    """Pictures of `EMOJI`, all different, and emoji.json; the third emoji is transparent."""
+    folder.mkdir(parents=True)
+    entries = []
+    for number, (subcategory, category) in enumerate(EMOJI):
+        entry = {"image": f"00a{number:x}-fe0f.png", "subcategory": subcategory, "category": category}
+        if subcategory == "person-role":
+            entry["skin_variations"] = {tone: {"image": f"00a{number:x}-{tone}.png"} for tone in ("1f3fb", "1f3ff")}
+        entries.append(entry)
+        for tone, look in enumerate((entry, *entry.get("skin_variations", {}).values())):
+            colour = (200, 10 * number + tone, shade, 0 if number == 2 else 255)
+            Image.new("RGBA", (64, 64), colour).save(folder / look["image"])
+    listing.write_text(json.dumps(entries))
+
+
+def test_emoji_are_read_by_group(tmp_path):
     for vendor in ("google", "twitter"):
-        folder = tmp_path / f"emoji-datasource-{vendor}" / "img" / vendor / "64"
-        folder.mkdir(parents=True)
-        listed = []
-        for number, (subcategory, category) in enumerate(entries):
-            entry = {"image": f"{number}.png", "subcategory": subcategory, "category": category}
-            if subcategory == "person-role":
-                entry["skin_variations"] = {tone: {"image": f"{number}-{tone}.png"} for tone in ("light", "dark")}
-            listed.append(entry)
-            for look in (entry, *entry.get("skin_variations", {}).values()):
-                if (vendor, look["image"]) != ("twitter", "1.png"):  # a vendor may lack an emoji
-                    Image.new("RGBA", (64, 64), (200, 0, 0, 0 if number == 2 else 255)).save(folder / look["image"])
-        (folder.parents[2] / "emoji.json").write_text(json.dumps(listed))
+        package = tmp_path / f"emoji-datasource-{vendor}"
+        write_emoji(package / "img" / vendor / "64", package / "emoji.json", 0)
+    (tmp_path / "emoji-datasource-twitter/img/twitter/64/00a1-fe0f.png").unlink()  # a vendor may lack an emoji
 
     data = data_sets.emoji(tmp_path)
     assert data.class_names == ["Food & Drink", "People & Body", "Smileys & Emotion"]
     assert torch.bincount(data.labels, minlength=3).tolist() == [2, 0, 13]  # numbers 0 and 8 are held out
-    assert data.held_out_labels.tolist() == [2, 1, 2, 1]
+    assert data.held_out_labels.tolist() == [2, 1, 2, 1] and data.held_out_groups.tolist() == [0, 8, 0, 8]
     assert torch.equal(data.images[1], torch.ones(3, 32, 32)), "transparent is white"
-    assert data.images[0, :, 0, 0].tolist() == pytest.approx([200 / 127.5 - 1, -1, -1])
+    assert data.images[0, :, 0, 0].tolist() == pytest.approx([200 / 127.5 - 1, 10 / 127.5 - 1, -1])
 
-    kinds = data_sets.emoji_kinds(tmp_path)
-    assert kinds.class_names == ["face", "flag", "person"]
-    assert torch.bincount(kinds.labels, minlength=3).tolist() == [13, 2, 0]
-    assert kinds.held_out_labels.tolist() == [0, 2, 2, 2] * 2, "a person's skin tones are held out together"
+
+def test_emoji_of_five_designs_are_read_by_kind(tmp_path):
     with pytest.raises(FileNotFoundError, match="npm install emoji-datasource-google"):
-        data_sets.emoji_kinds(tmp_path / "nowhere")
+        data_sets.emoji_kinds(tmp_path)
+    for shade, folder in enumerate(data_sets.EMOJI_DESIGNS.values()):
+        write_emoji(tmp_path / folder, tmp_path / folder.split("/")[0] / "emoji.json", shade)
+    other = tmp_path / data_sets.EMOJI_DESIGNS["EmojiOne"]  # without variation selector and leading zeros
+    (other / "00a4-fe0f.png").rename(other / "A4.png")
+
+    data = data_sets.emoji_kinds(tmp_path)
+    assert data.class_names == ["face", "flag", "person"]
+    # Seven faces, number 2 being white in all designs; the flag in two designs, each in three colours
+    assert torch.bincount(data.labels, minlength=3).tolist() == [6 * 5 + 1, 2 * 3, 0]
+    assert data.held_out_labels.tolist() == [0, 2, 2, 2] * 5, "a person's skin tones are held out together"
+    flag = data.images[data.labels == 1][:, :, 0, 0]
+    assert ((flag[:3] + 1) * 127.5).round().tolist() == [[200, 90, 0], [0, 200, 90], [90, 0, 200]]
 
 
 def test_the_referee_knows_real_images_from_noise(data):
@@ -274,6 +292,6 @@ def test_the_readme_says_what_the_blind_judges_found():
         source: sum(each[source]["broken"] for each in found) / sum(each[source]["cells"] for each in found)
         for source in ("generated", "real")
     }
-    generated, real = (f"{100 * shares[source]:.0f} %" for source in ("generated", "real"))
+    generated, real = (f"{100 * shares[source]:.2g} %" for source in ("generated", "real"))
     sentence = f"call {generated} of the pretrained model's and {real} of real digits broken"
     assert sentence in " ".join((report.ROOT / "README.md").read_text().split())

@@ -188,8 +188,8 @@ class CodeTraining:
         generated = pipeline.latent_embedder.normalize_codes(generated, latent_size, latent_size)
         training = self.kept.flatten(0, 1)
         distances = {
-            "generated": float(nearest_distances(generated, training).median()),
-            "held_out": float(nearest_distances(self.held_out[:count, 0], training).median()),
+            "generated": float(nearest(generated, training)[0].median()),
+            "held_out": float(nearest(self.held_out[:count, 0], training)[0].median()),
         }
         copies = distances["generated"] < COPYING * distances["held_out"]
         write_json(Path(args.output_dir, "codes.json"), {**distances, "count": count, "copies": copies})
@@ -204,7 +204,7 @@ class CodeTraining:
             )
 
 
-def nearest_distances(codes: torch.Tensor, training: torch.Tensor, chunk: int = 100) -> torch.Tensor:
-    """Distance of each of `codes` to the nearest row of `training`, both `(number, ...)`; `(number,)`."""
-    parts = codes.flatten(1).split(chunk)
-    return torch.cat([torch.cdist(part, training.flatten(1)).amin(dim=1) for part in parts])
+def nearest(codes: torch.Tensor, others: torch.Tensor, chunk: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance of each of `codes` to the nearest of `others`, both `(number, ...)`, and which that is; each `(number,)`."""
+    found = [torch.cdist(part, others.flatten(1)).min(dim=1) for part in codes.flatten(1).split(chunk)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
