@@ -215,6 +215,9 @@ def test_a_recipe_trains_a_converted_model(name, train, tmp_path):
         ("seed: " + 1200 * "[" + "\n", "cannot be read"),
         ("? [a, b]\n: 1\n", "cannot be read"),
         ("- seed\n- 1\n", "must hold options"),
+        ("seed: true\n", "'seed': True, but it takes no true or false"),
+        ("mixed_precision: false\n", "'mixed_precision': False, but it takes no true or false"),
+        ("compile: yes\n", "'compile': yes, but it takes true or false"),
         ("!!python/object/apply:os.system [true]\n", "cannot be read"),
     ],
 )
@@ -230,7 +233,13 @@ def test_a_recipe_is_read_as_yaml_but_for_its_numbers_with_exponents():
     text = "seed: 1\ntransformer_config: {patch_size: 4, num_layers: 2}\nema_decay: [0.9, 0.99]\nlearning_rate: 1e-4\n"
     expected = {"seed": 1, "transformer_config": {"patch_size": 4, "num_layers": 2}, "ema_decay": [0.9, 0.99]}
     assert load_recipe(text) == expected | {"learning_rate": "1e-4"}
-    assert load_recipe("a: true\nb: False\nc: no\nd: on\n") == {"a": True, "b": False, "c": "no", "d": "on"}
+    assert load_recipe("a: true\nb: False\nc: no\nd: on\ne: true_colours\n") == {
+        "a": True,
+        "b": False,
+        "c": "no",
+        "d": "on",
+        "e": "true_colours",
+    }
     assert json.dumps(load_recipe("a: {b: {c: 1}}")) == '{"a": {"b": {"c": 1}}}'
 
 

@@ -254,7 +254,11 @@ def recipe_arguments(path: str, parser: Parser) -> list[str]:
             raise BadInput(f"--recipe {path} has {name!r}, which is no option of this command")
         if value is None:
             continue  # as if it were not there
-        if isinstance(value, bool):
+        is_switch = isinstance(known[name], argparse.BooleanOptionalAction)
+        if isinstance(value, bool) != is_switch:
+            takes = "true or false" if is_switch else "no true or false"
+            raise BadInput(f"--recipe {path} has {name!r}: {value}, but it takes {takes}")
+        if is_switch:
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
