@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = {
     "digits": list("0123456789"),
     "letters": list("ABCDEFGHIJ"),
-    "emoji": ["clock", "face", "face", "flag", "flag", "heart", "heart", "person", "person", "shape"],
+    "emoji": ["clock", "clock", "face", "face", "flag", "flag", "heart", "heart", "person", "person"],
 }
 SEED, SAMPLES = 0, 2
 

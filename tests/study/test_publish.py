@@ -1,12 +1,14 @@
 """`study/publish.py`: what it measures, and what it writes of a model's training."""
 
 import re
+import statistics
 
 import data_sets
 import pytest
 import torch
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_transformer
-from publish import SEEDS, describe_training, expected_share, measure, memory, standard_error
+from models import sample_labels
+from publish import SEEDS, describe_training, draw, measure, memory, normalized_codes, share_without_copying
 from referee import Referee
 
 
@@ -39,13 +41,25 @@ def test_the_share_without_copying_is_that_of_the_classes(data):
         int((data.labels == label).sum()) / int((torch.cat([data.labels, data.held_out_labels]) == label).sum())
         for label in (0, 1)
     ]
-    assert expected_share(labels, data) == pytest.approx((2 * shares[0] + shares[1]) / 3)
+    share, _ = share_without_copying(labels, data.groups, data)
+    assert share == pytest.approx((2 * shares[0] + shares[1]) / 3)
 
 
-def test_samples_near_one_group_count_as_one():
-    assert standard_error(0.8, torch.arange(100)) == pytest.approx(0.04)
-    assert standard_error(0.8, torch.arange(100) % 4) == pytest.approx(0.2)
-    assert standard_error(0.8, torch.zeros(100)) == pytest.approx(0.4)
+def test_the_error_of_the_excess_is_that_of_another_choice_of_groups(data):
+    generator = torch.Generator().manual_seed(0)
+    groups, labels = torch.arange(2000) ** 2 // 40000, torch.arange(2000) % 2  # of 200 to 5 images
+    nearest = groups[torch.randperm(2000, generator=generator)[:300]] // 2
+    excesses, errors = [], []
+    for _ in range(2000):
+        trained = torch.rand(100, generator=generator) < 0.8
+        seen = trained[groups]
+        parts = {"labels": labels[seen], "groups": groups[seen]}
+        parts |= {"held_out_labels": labels[~seen], "held_out_groups": groups[~seen]}
+        share, error = share_without_copying(labels, nearest, data._replace(class_names=["a", "b"], **parts))
+        excesses.append(float(trained[nearest].float().mean()) - share)
+        errors.append(error)
+    assert statistics.mean(excesses) == pytest.approx(0, abs=0.01)
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(excesses), rel=0.05)
 
 
 def test_figures_are_means_of_the_seeds(data):
@@ -59,6 +73,19 @@ def test_figures_are_means_of_the_seeds(data):
     for result in results.values():
         assert len(result["seeds"]) == len(SEEDS)
         assert result["value"] == pytest.approx(sum(result["seeds"]) / len(SEEDS), abs=1e-4)
+    assert results["fd"]["seeds"] != results["fd, code_guidance_scale=3"]["seeds"]
+    labels = sample_labels(data, 20)
+    for scale, suffix in ((None, ""), (3.0, ", code_guidance_scale=3")):
+        images, codes = draw(pipe, labels, SEEDS[0], scale)
+        copied = memory(images * 2 - 1, data.images, data.held_out_images, data)
+        assert results[f"nearest_image{suffix}"]["seeds"][0] == pytest.approx(copied.distance / 28, abs=1e-3)
+        assert results[f"training_image{suffix}"]["seeds"][0] == pytest.approx(
+            float(copied.is_training.float().mean())
+        )
+        known, unknown = (normalized_codes(pipe, part) for part in (data.images, data.held_out_images))
+        copied = memory(pipe.latent_embedder.normalize_codes(codes, 28, 28), known, unknown, data)
+        assert results[f"nearest_code{suffix}"]["seeds"][0] == pytest.approx(copied.distance, abs=1e-3)
+        assert results[f"training_code{suffix}"]["seeds"][0] == pytest.approx(float(copied.is_training.float().mean()))
     assert re.search(r"without copying: 0\.8\d\d ± 0\.[01]\d\d\)", results["training_image"]["name"])
 
 

