@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 class DataSet(NamedTuple):
     """Images are `(number, channels, size, size)` in [-1, 1], labels `(number,)`.
 
-    Groups, `(number,)`, are what is held out as a whole: each image, or all images of one typeface family or one emoji.
+    Groups, `(number,)`, are what is held out as a whole: each image, or all images of one typeface family, one emoji or one role.
     """
 
     images: torch.Tensor
@@ -201,13 +201,13 @@ def open_emoji(file: Path) -> Image.Image:
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def split_emoji(pictures: Sequence[np.ndarray], names: Sequence[str], numbers: Sequence[int]) -> DataSet:
-    """A data set whose held-out images are those of every eighth emoji, in all designs, skin tones and colours."""
+def split_emoji(pictures: Sequence[np.ndarray], names: Sequence[str], groups: Sequence[int]) -> DataSet:
+    """A data set whose held-out images are those of every eighth group."""
     class_names = sorted(set(names))
     pixels = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
     labels = torch.tensor([class_names.index(name) for name in names])
-    groups = torch.tensor(numbers)
-    return split(pixels, labels, groups % 8 == 0, class_names, groups)
+    numbers = torch.tensor(groups)
+    return split(pixels, labels, numbers % 8 == 0, class_names, numbers)
 
 
 def emoji(source: Path | None) -> DataSet:
@@ -235,12 +235,14 @@ EMOJI_KINDS = {
     "heart": ("heart",),
     "person": ("person", "person-gesture", "person-role"),
 }
-# Versions of each picture, moved, zoomed and mirrored. Those that keep their colours have fewer.
-EMOJI_VERSIONS = {"clock": 24, "face": 8, "flag": 24, "heart": 24, "person": 8}
+KEEP_COLOURS = ("face", "person")
 
 
 def vary(picture: Image.Image, keep_colours: bool, rng: np.random.Generator) -> np.ndarray:
-    """A picture on white, up to 15 % smaller and moved within the free space, mirrored or not: `(3, 32, 32)`."""
+    """A picture on white, up to 15 % smaller and moved within the free space, mirrored in half of the cases; `(3, 32, 32)`.
+
+    Red, green and blue change places, unless it keeps its colours.
+    """
     size = picture.width
     window = size * rng.uniform(1, 1.15)
     left, top = size - rng.uniform(0, window - size, size=2)
@@ -282,11 +284,12 @@ def emoji_kinds(source: Path | None) -> DataSet:
                 if file is None:
                     continue
                 picture = open_emoji(file)
-                if picture.tobytes() in seen:  # some flags are the same, and other emoji of 2017
+                if picture.tobytes() in seen:  # some flags look the same, and some roles of 2017
                     continue
                 seen.add(picture.tobytes())
-                for _ in range(EMOJI_VERSIONS[kind]):
-                    arrays.append(vary(picture, kind in ("face", "person"), rng))
+                keep_colours = kind in KEEP_COLOURS
+                for _ in range(8 if keep_colours else 24):
+                    arrays.append(vary(picture, keep_colours, rng))
                     names.append(kind)
                     numbers.append(group)
     return split_emoji(arrays, names, numbers)
