@@ -233,9 +233,14 @@ EMOJI_KINDS = {
     ),
     "flag": ("country-flag",),
     "heart": ("heart",),
-    "person": ("person", "person-gesture", "person-role"),
+    "person": ("person", "person-gesture"),
 }
-KEEP_COLOURS = ("face", "person")
+KEEP_COLOURS = ("face", "flag", "person")
+# Versions of each picture, which make the kinds about equally frequent
+VERSIONS = {"clock": 48, "face": 16, "flag": 16, "heart": 48, "person": 8}
+# Code points that tell men from women, and the emoji of a boy, a girl, an old man and an old woman with the neutral one of each
+GENDERS = ("2640", "2642", "1f468", "1f469", "1f9d1", "1f471")
+AGES = {"1f466": "1f9d2", "1f467": "1f9d2", "1f474": "1f9d3", "1f475": "1f9d3"}
 
 
 def vary(picture: Image.Image, keep_colours: bool, rng: np.random.Generator) -> np.ndarray:
@@ -261,8 +266,8 @@ def code_points(name: str) -> tuple[str, ...]:
 
 
 def without_gender(points: tuple[str, ...]) -> tuple[str, ...]:
-    """The code points of a man's, a woman's and a person's emoji in the same role, which look alike."""
-    return tuple(point for point in points if point not in ("2640", "2642", "1f468", "1f469", "1f9d1"))
+    """The code points that a man's, a woman's and a person's emoji share; many look alike, as do adults with and without blond hair."""
+    return tuple(AGES.get(point, point) for point in points if point not in GENDERS)
 
 
 def emoji_kinds(source: Path | None) -> DataSet:
@@ -287,9 +292,8 @@ def emoji_kinds(source: Path | None) -> DataSet:
                 if picture.tobytes() in seen:  # some flags look the same, and some roles of 2017
                     continue
                 seen.add(picture.tobytes())
-                keep_colours = kind in KEEP_COLOURS
-                for _ in range(8 if keep_colours else 24):
-                    arrays.append(vary(picture, keep_colours, rng))
+                for _ in range(VERSIONS[kind]):
+                    arrays.append(vary(picture, kind in KEEP_COLOURS, rng))
                     names.append(kind)
                     numbers.append(group)
     return split_emoji(arrays, names, numbers)

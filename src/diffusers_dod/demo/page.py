@@ -16,7 +16,7 @@ from ..pipeline_dod import DoDPipeline
 from .codes import check_path, paint
 from .drawing import Drawing
 from .rendering import image_tag, message, progress
-from .studio import CODE_GUIDANCE, MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
+from .studio import MAX_STAGES, NO_CLASS, NUM_STEPS, Result, Studio, class_choices, default_settings
 from .turns import Turn
 from .uploads import open_picture
 
@@ -203,7 +203,7 @@ def build(pipe: DoDPipeline, model: str) -> gr.Blocks:
                     num_samples = gr.Radio(SAMPLES, value=1, label="Samples")
                     same_codes = gr.Checkbox(False, label="The same codes for all", visible=has_code_model)
                     code_guidance = gr.Number(
-                        CODE_GUIDANCE,
+                        pipe.config.code_guidance_scale,
                         label="Guidance of the codes (1: varied, 3: clear)",
                         step=0.25,
                         visible=has_code_model,

@@ -20,8 +20,6 @@ MAX_STAGES = 4
 AT_ONCE = 2  # drawings, each with a pipeline of its own (see `private_pipeline`); more only slow each other
 MAX_STEPS_IN_ALL = 600  # of one drawing, all stages of all samples, so that nobody waits long for another's
 NUM_STEPS = 30  # the pipeline's default
-# Above the pipeline's 1, because clear samples suit a demo better than varied ones
-CODE_GUIDANCE = 3.0
 NO_CLASS = -1  # a dropdown's value cannot be None
 
 
@@ -105,7 +103,9 @@ class Studio:
         num_stages, guidance = default_settings(start)
         class_id = 0 if self.pipe.transformer.config.num_classes else None
         steps, scales = [NUM_STEPS] * num_stages, guidance[:num_stages]
-        drawing = Drawing(class_id, 0, 1, steps, scales, start, code_guidance_scale=CODE_GUIDANCE)
+        drawing = Drawing(
+            class_id, 0, 1, steps, scales, start, code_guidance_scale=self.pipe.config.code_guidance_scale
+        )
         *_, result = (each for each in self.results(drawing) if isinstance(each, Result))
         return result
 
