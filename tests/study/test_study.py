@@ -245,7 +245,7 @@ def test_emoji_of_five_designs_are_read_by_kind(tmp_path):
     data = data_sets.emoji_kinds(tmp_path)
     assert data.class_names == ["face", "flag", "heart", "person"]
     # Seven faces, number 2 being the same white picture in all designs; the flag is of two designs.
-    assert torch.bincount(data.labels).tolist() == [8 * (6 * 5 + 1 - 1), 24 * 2, 24 * 5]
+    assert torch.bincount(data.labels).tolist() == [16 * (6 * 5 + 1 - 1), 16 * 2, 48 * 5]
     held_out = 5 * ([0] * 16 + [3] * 48)
     assert data.held_out_labels.tolist() == held_out, "genders and skin tones are held out together"
     middle = ((data.images[:, :, 16, 16] + 1) * 127.5).round().int()
