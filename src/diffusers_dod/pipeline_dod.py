@@ -433,7 +433,8 @@ class DoDPipeline(DoDRepositoryMixin, ClassLabelsMixin, PriorInputsMixin, Diffus
                 `pipeline._guidance_scale` and `pipeline._prior_guidance_scale`: for the rest of the call, or of the
                 stage if that argument is a list, as the default `guidance_scale` is.
                 `pipeline._interrupt = True` ends the call with the sample as it is. During code generation,
-                `pipeline.current_stage` is 0 and `latents` are the normalised codes.
+                `pipeline.current_stage` is 0, `latents` are the normalised codes, the scale is that of the codes, and an
+                interrupt leaves the first stage's noise.
             callback_on_step_end_tensor_inputs (`list` of `str`, defaults to `["latents"]`):
                 Tensors passed to the callback: `"latents"`, `"prior_tokens"`.
             prior_source (`str`, *optional*):

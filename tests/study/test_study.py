@@ -250,7 +250,9 @@ def test_emoji_of_five_designs_are_read_by_kind(tmp_path):
     assert data.held_out_labels.tolist() == held_out, "genders and skin tones are held out together"
     middle = ((data.images[:, :, 16, 16] + 1) * 127.5).round().int()
     for label, green in ((0, 10), (1, 90)):
-        assert middle[data.labels == label][:16].tolist() == [[200, green, 0]] * 16, "faces and flags keep their colours"
+        assert middle[data.labels == label][:16].tolist() == [[200, green, 0]] * 16, (
+            "faces and flags keep their colours"
+        )
     seen = {tuple(pixel) for pixel in middle[data.labels == 2][:48].tolist()}
     assert seen == set(itertools.permutations([200, 110, 0]))
 

@@ -13,7 +13,14 @@ from diffusers_dod.training.choosing import choose_models
 
 
 def options(**given):
-    names = ("learning_rate", "logit_mean", "timestep_density", "prediction_type")
+    names = (
+        "learning_rate",
+        "logit_mean",
+        "timestep_density",
+        "prediction_type",
+        "transformer_config",
+        "embedder_config",
+    )
     return argparse.Namespace(**dict.fromkeys(names) | {"prior_drop": 0.5} | given)
 
 
@@ -56,6 +63,15 @@ def test_the_study_s_model_for_small_images_and_what_is_given_stays():
     assert not choose_models(args, 28, True, 5000, "cuda")[0]["x_prediction"] and args.logit_mean is None
 
 
+def test_given_entries_replace_chosen_ones():
+    given = {"transformer_config": {"patch_size": 4, "x_prediction": False}, "embedder_config": {"bottleneck_dim": 3}}
+    transformer, embedder, lines = choose_models(options(prior_drop=0.125, **given), 32, True, 500, "cpu")
+    assert (transformer["num_layers"], transformer["patch_size"], transformer["x_prediction"]) == (6, 4, False)
+    assert (embedder["patch_size"], embedder["bottleneck_dim"]) == (8, 3)
+    assert "4x4 pixels, 8x8 tokens" in lines[0] and "4x4 of 3 numbers, for a code model, with noise" in lines[2]
+    assert not any("clean image" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("images", "device", "layers"),
     [(1_300_000, "cuda", 36), (1_300_000, "cpu", 8), (300_000, "cuda", 15), (50_000, "cuda", 15), (None, "cuda", 15)],
@@ -68,12 +84,13 @@ def test_a_folder_of_small_images_and_nothing_else(tmp_path, capsys):
     digits = write_digits(tmp_path / "digits", counts=(3, 3))
     run = tmp_path / "run"
     argv = ["--train_data_dir", digits, "--output_dir", run, "--max_train_steps", 1, "--train_batch_size", 2]
+    argv += ["--embedder_config", '{"bottleneck_dim": 3}']
     assert main([str(value) for value in (*argv, "--report_to", "none", "--validation_steps", 1)]) == 0
     printed = capsys.readouterr().out
     for start in (
         "Patch: 7x7 pixels",
         "Size: 4 layers of width 128",
-        "Codes: 2x2 of 4 numbers",
+        "Codes: 2x2 of 3 numbers",
         "Learning rate: 0.003",
     ):
         assert start in printed

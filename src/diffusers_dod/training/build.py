@@ -191,6 +191,9 @@ def build_pipeline(
         # Its `output_dim` follows from the transformer, whose width the options may have changed.
         preset = {key: value for key, value in PRESETS[args.preset].latent_embedder.items() if key != "output_dim"}
         embedder_config = {**preset, **embedder_config}
+    for given in (config, embedder_config):
+        if not is_count(given.get("patch_size", 1), 1):
+            raise BadInput(f"patch_size is {given['patch_size']!r}; it must be an integer of at least 1")
     if args.pretrained_model_name_or_path is not None:
         saved = load_component(DoDPipeline, args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
         vae, config, embedder_config = saved.vae, saved.transformer.config, saved.latent_embedder.config
@@ -228,10 +231,7 @@ def build_pipeline(
                 f"the model is for latents of {sample_size}, but images are square here: give a --resolution"
             )
         args.resolution = sample_size * factor
-    patch_sizes: list[Any] = [patch_size, embedder_config.get("patch_size", patch_size)]
-    for patch in patch_sizes:
-        if not is_count(patch, 1):
-            raise BadInput(f"patch_size is {patch!r}; it must be an integer of at least 1")
+    for patch in (patch_size, embedder_config.get("patch_size", patch_size)):
         if args.resolution % (factor * patch):
             multiple = f"{factor * patch} (VAE {factor} x patch {patch})" if vae is not None else f"the patch, {patch}"
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")

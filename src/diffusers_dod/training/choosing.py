@@ -88,9 +88,11 @@ def choose_models(
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Constructor arguments of transformer and embedder for latents of `size`, and a line for each choice.
 
-    Fills in `args.learning_rate`, and `args.logit_mean` for patches of many numbers, where they are not given.
+    Entries of `args.transformer_config` and `args.embedder_config` replace the chosen ones. Fills in `args.learning_rate`,
+    and `args.logit_mean` for patches of many numbers, where they are not given.
     """
-    patch = choose_patch(size, is_pixels)
+    given, given_embedder = args.transformer_config or {}, args.embedder_config or {}
+    patch = given.get("patch_size") or choose_patch(size, is_pixels)
     tokens = size // patch
     preset, shape = choose_size(num_images, tokens, device_type)
     # The codes' grid has half of the tokens' sides where that is a whole number, but 4x4 for a code model (docs/evidence.md).
@@ -103,6 +105,7 @@ def choose_models(
         "num_attention_heads": shape.heads,
         "attention_head_dim": shape.head_dim,
         "x_prediction": is_wide,
+        **given,
     }
     if preset is None:
         embedder: dict[str, Any] = {"num_encoder_layers": 2, "num_decoder_layers": 1, "num_attention_heads": 2}
@@ -112,17 +115,19 @@ def choose_models(
     embedder["patch_size"] = code_patch
     if is_for_codes:
         embedder["noise_level_input"] = True
+    embedder |= given_embedder
 
     images = "a stream" if num_images is None else f"{num_images:,} images"
     name = "" if preset is None else f"preset {preset}, "
+    grid = size // embedder["patch_size"]
+    noise = ", with noise whose level is an input" if embedder.get("noise_level_input") else ""
     unit = "pixels" if is_pixels else "latents"
     lines = [
         f"Patch: {patch}x{patch} {unit}, {tokens}x{tokens} tokens, for {size}x{size} {unit} (--transformer_config).",
         f"Size: {name}{shape.layers} layers of width {shape.heads * shape.head_dim}, for "
         f"{images if preset else f'{tokens}x{tokens} tokens'} (--preset).",
-        f"Codes: {size // code_patch}x{size // code_patch} of {embedder.get('bottleneck_dim', 4)} numbers, for "
-        f"{'a code model, with noise whose level is an input' if is_for_codes else 'two stages'} (--prior_drop, "
-        "--embedder_config).",
+        f"Codes: {grid}x{grid} of {embedder.get('bottleneck_dim', 4)} numbers, for "
+        f"{'a code model' if is_for_codes else 'two stages'}{noise} (--prior_drop, --embedder_config).",
     ]
     if args.learning_rate is None:
         args.learning_rate = shape.learning_rate
@@ -131,7 +136,8 @@ def choose_models(
         if args.logit_mean is None and args.timestep_density in (None, "logit_normal"):
             args.logit_mean = 0.4
             lines.append("Noise: more than by default, with a mean of 0.4 (--logit_mean).")
-        lines.append(
-            "Output: the clean image, because a patch holds many numbers (x_prediction); the loss is the same."
-        )
+        if "x_prediction" not in given:
+            lines.append(
+                "Output: the clean image, because a patch holds many numbers (x_prediction); the loss is the same."
+            )
     return transformer, embedder, lines

@@ -19,6 +19,8 @@ FREE_KEYS = frozenset(
     "evaluation_reference evaluation_extractor push_to_hub hub_model_id hub_license hub_private_repo hub_push_checkpoints "
     "peak_tflops max_skipped_steps train_batch_size gradient_accumulation_steps num_processes".split()
 )
+# Entries of --transformer_config that give the size of the models
+SIZE_ENTRIES = frozenset({"num_layers", "num_attention_heads", "attention_head_dim"})
 # Those of diffusers.optimization that need no further arguments.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -194,9 +196,9 @@ def build_parser(description: str = "") -> Parser:
     add_data_options(parser)
     add = parser.add_argument_group("model").add_argument
     preset = "size of both models, see diffusers_dod.presets; default: chosen from the images and device, or XL if "
-    preset += "--transformer_config or --embedder_config is given"
+    preset += "--transformer_config has layers or heads"
     add("--preset", choices=list(PRESETS), help=preset)
-    transformer = "constructor arguments, JSON or a JSON file; missing entries as in --preset"
+    transformer = "constructor arguments, JSON or a JSON file; missing entries as in --preset or as chosen"
     add("--transformer_config", type=json_object, action=Merge, help=transformer)
     add("--embedder_config", type=json_object, action=Merge, help="the same for the latent embedder")
     add("--pretrained_model_name_or_path", help="a saved DoD pipeline to start from")
@@ -276,8 +278,8 @@ def parse_args(argv: list[str], description: str | None = None) -> argparse.Name
 
 def names_no_size(args: argparse.Namespace) -> bool:
     """Whether the size of the models is left to `choosing.py`."""
-    names = ("preset", "transformer_config", "embedder_config", "pretrained_model_name_or_path")
-    return all(getattr(args, name) is None for name in names)
+    is_new = args.preset is None and args.pretrained_model_name_or_path is None
+    return is_new and not SIZE_ENTRIES & set(args.transformer_config or {})
 
 
 def settle_pace(args: argparse.Namespace) -> None:
