@@ -1,21 +1,27 @@
 """A small Hub on 127.0.0.1: the part of its HTTP API that pushes, downloads and lists model repositories.
 
 Large files go by LFS (the client's Xet path is off with `HF_HUB_DISABLE_XET=1`). A file of 1 MB or more, or a
-safetensors file, is large. Faults are asked for by attribute: each happens once.
+safetensors file, is large. Faults are asked for by attribute: each happens once. Pushes are made by processes of their
+own, for the client reads its environment when it is imported.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+import diffusers_dod
 
+
+SOURCE = str(Path(diffusers_dod.__file__).parents[1])
 TOKEN = "hf_of_the_test"
 MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
 
@@ -60,9 +66,11 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.cut_upload = False  # the connection closes in the middle of the next large upload
-        self.fail_uploads = 0  # this many large uploads are answered by an error that is not worth a retry
-        self.fail_commit = False  # the next commit is answered by an error
         self.cut_download = False  # the connection closes in the middle of the next large download
+        # By the name of a route's action: the statuses of its next answers; `None` closes the connection instead.
+        self.faults: dict[str, list[int | None]] = {}
+        self.gate = threading.Event()  # commits wait while it is not set
+        self.gate.set()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -71,6 +79,13 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+    def environment(self, home: Path, **variables: str) -> dict[str, str]:
+        """The variables of a process whose Hub this is, with its cache in `home`."""
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        return environment | {"PYTHONPATH": SOURCE, "no_proxy": "127.0.0.1"} | variables
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
         """Puts files into a repository as somebody else's push would; returns the commit."""
@@ -108,6 +123,10 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code, "X-Error-Message": message}
         self.answer(status, {"error": message}, headers)
 
+    def hang_up(self):
+        self.close_connection = True
+        self.connection.close()
+
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -131,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
                 continue
             arguments = match.groupdict()
             with self.server.lock:
+                if faults := self.server.faults.get(action):
+                    self.body()
+                    status = faults.pop(0)
+                    return self.hang_up() if status is None else self.refuse(status, "Fault", "This Hub is broken")
                 if self.command in ("POST", "PUT") and not self.is_signed_in() and "upload" not in action:
                     self.body()
                     return self.refuse(401, "Unauthorized", "Invalid username or password.")
@@ -246,12 +269,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.cut_upload:
             self.server.cut_upload = False
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
-            self.close_connection = True
-            return self.connection.close()
+            return self.hang_up()
         content = self.body()
-        if self.server.fail_uploads:
-            self.server.fail_uploads -= 1
-            return self.answer(403, b"upload refused")
         if hashlib.sha256(content).hexdigest() != oid:
             return self.answer(400, b"the content is not what its name says")
         self.server.large[oid] = content
@@ -259,9 +278,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repository: Repository, revision: str):
         lines = [json.loads(line) for line in self.body().splitlines()]
-        if self.server.fail_commit:
-            self.server.fail_commit = False
-            return self.refuse(500, "InternalError", "The commit failed")
+        self.server.gate.wait(20)
         files = dict(repository.commits[repository.resolve(revision)])
         for line in lines:
             value = line["value"]
@@ -305,8 +322,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
-            self.close_connection = True
-            return self.connection.close()
+            return self.hang_up()
         self.answer(status, content, headers)
 
 

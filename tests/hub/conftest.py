@@ -1,10 +1,11 @@
-"""A saved pipeline that each test may change."""
+"""A saved pipeline that each test may change, and a Hub without anything on it."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 from helpers import tiny_pipeline, tiny_vae
+from hub_server import HubServer
 
 
 @pytest.fixture(scope="package")
@@ -17,3 +18,9 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def folder(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def empty_hub():
+    with HubServer() as server:
+        yield server

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import socket
-import ssl
 import subprocess
 import sys
 import textwrap
@@ -15,9 +14,8 @@ import diffusers
 import numpy as np
 import pytest
 from helpers import tiny_coded_pipeline, tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
-from hub_server import TOKEN, HubServer
-from huggingface_hub import HfApi, ModelCard, RepoUrl
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from hub_server import SOURCE, HubServer
+from huggingface_hub import ModelCard
 
 import diffusers_dod
 from diffusers_dod import DoDPipeline
@@ -25,7 +23,6 @@ from diffusers_dod.hub import check_folder
 from diffusers_dod.hub.__main__ import main
 
 
-SOURCE = str(Path(diffusers_dod.__file__).parents[1])
 SAMPLE = """
 import numpy, torch
 def sample(pipe, **arguments):
@@ -55,10 +52,7 @@ assert importlib.util.find_spec("diffusers_dod") is None
 
 
 def start(hub, home, arguments, **environment):
-    variables = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    variables |= {"PYTHONPATH": SOURCE, "no_proxy": "127.0.0.1"} | environment
-    variables.pop("HF_HUB_OFFLINE", None) if "HF_HUB_OFFLINE" not in environment else None
+    variables = hub.environment(home, **environment)
     return subprocess.run([sys.executable, *map(str, arguments)], env=variables, capture_output=True, text=True)
 
 
@@ -291,7 +285,8 @@ os.remove("sample.png")
 def test_push_that_breaks_leaves_nothing_and_the_next_one_resumes(hub, tmp_path):
     folder = tmp_path / "pipeline"
     tiny_pipeline(transformer=tiny_transformer(num_classes=3), vae=tiny_vae("kl")).save_pretrained(folder)
-    hub.fail_uploads, hub.fail_commit, first = 1, True, len(hub.requests)
+    hub.faults = {"lfs_upload": [403], "commit": [500]}
+    first = len(hub.requests)
     code = f"""
         from diffusers_dod import DoDPipeline
         from diffusers_dod.hub.__main__ import main
@@ -445,73 +440,42 @@ def test_a_push_without_a_network_is_one_line(environment, hub, pushed, tmp_path
     assert "user/nowhere" not in hub.repositories
 
 
-@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
-@pytest.mark.parametrize(
-    "error",
-    [
-        HfHubHTTPError.__bases__[0]("no route to host\nFor more\n see"),  # of the client's own HTTP library
-        OfflineModeIsEnabled("offline"),
-        TimeoutError("timed out"),
-        OSError(28, "No space left on device"),
-        ssl.SSLError("certificate"),
-        RuntimeError("Error while uploading 'x'"),
-        PermissionError(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_whatever_the_network_does_is_one_line(error, call, pushed, monkeypatch, capsys):
-    def fail(self, *arguments, **options):
-        raise error from ValueError("the cause\nin lines")
-
-    monkeypatch.setattr(
-        HfApi, "create_repo", lambda *arguments, **options: RepoUrl("https://hub/user/x", endpoint="https://hub")
-    )
-    monkeypatch.setattr(HfApi, call, fail)
-    assert main(["push", str(pushed[0]), "user/x", "--license", "mit"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(" (the cause). To resume, repeat the push: large files that arrived are not sent again")
+def test_whatever_the_hub_does_is_one_line_and_a_bug_is_a_traceback(empty_hub, pushed, tmp_path):
+    """It closes the connection or refuses, at first and later; its last answer is a success that lacks what it must hold."""
+    empty_hub.faults = {"create_repository": [None, 403, 500], "lfs_upload": [403], "commit": [None, 500, 200]}
+    code = f"""
+from diffusers_dod.hub.__main__ import main
+push = ["push", {str(pushed[0])!r}, "user/x", "--license", "mit"]
+print([main(push) for _ in range(6)], flush=True)
+main(push)
+"""
+    done = start(empty_hub, tmp_path / "home", ["-c", code], HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert done.returncode == 1 and done.stdout == "[2, 2, 2, 2, 2, 2]\n", done.stderr
+    lines, _, traceback = done.stderr.partition("Traceback")
+    upload = r"Error while uploading .*\(403 .*\)"  # the client's own error, with its cause
+    advice = r"\. To resume, repeat the push: large files that arrived are not sent again"
+    for line, text in zip(lines.splitlines(), ("", "403 ", "500 ", upload, "", "500 "), strict=True):
+        assert re.fullmatch(f"diffusers-dod hub: error: .*{text}.*{advice}", line), line
+    assert traceback.endswith("KeyError: 'commitUrl'\n") and not any(empty_hub.faults.values())
 
 
-def test_a_bug_stays_a_traceback(pushed, monkeypatch):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["push", str(pushed[0]), "user/x", "--license", "mit"])
-
-
-def test_a_push_links_weights_and_commits_once(hub, pushed, monkeypatch, tmp_path):
-    """What is staged are links to the folder's own weights; the commit's deletions are of the model's parts only."""
-    from diffusers_dod.hub import push as module
-
-    seen = {}
-
-    class Api:
-        def __init__(self, **options):
-            pass
-
-        def create_repo(self, repo_id, **options):
-            return type("Url", (), {"repo_id": f"user/{repo_id}"})
-
-        def upload_folder(self, folder_path, **options):
-            staged = [path for path in folder_path.rglob("*") if path.is_file()]
-            seen["links"] = {
-                path.relative_to(folder_path).as_posix(): path.readlink() for path in staged if path.is_symlink()
-            }
-            seen["files"] = {path.relative_to(folder_path).as_posix() for path in staged}
-            seen["options"] = options
-            return type("Commit", (), {"pr_url": None, "commit_url": "https://address"})
-
-    monkeypatch.setattr(module, "HfApi", Api)
-    assert module.push_folder(pushed[0], "model", license="mit") == "https://address"
-    assert seen["links"] == {
-        f"{part}/diffusion_pytorch_model.safetensors": (
-            pushed[0] / part / "diffusion_pytorch_model.safetensors"
-        ).resolve()
-        for part in ("transformer", "latent_embedder", "vae")
-    }
-    assert {"README.md", "model_index.json", "pipeline.py", "evaluation.json"} <= seen["files"]
-    assert seen["options"]["repo_id"] == "user/model"
-    patterns = seen["options"]["delete_patterns"]
-    assert not any(pattern in patterns for pattern in ("*", "*.txt", "notes.txt", "LICENSE"))
+def test_a_push_takes_no_room_for_weights_and_commits_once(empty_hub, pushed, tmp_path):
+    """No file may grow past a limit, which stands for a disk without space: one below the weights' size is enough."""
+    weights = pushed[0] / "transformer/diffusion_pytorch_model.safetensors"
+    code = f"""
+        import resource
+        from diffusers_dod.hub.__main__ import main
+        for limit, status in ((1_000, 2), ({weights.stat().st_size - 1}, 0)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            assert main(["push", {str(pushed[0])!r}, "linked", "--license", "mit"]) == status
+    """
+    done = run_code(empty_hub, tmp_path / "home", code, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("diffusers-dod hub: error: ") and "File too large" in line
+    assert len(empty_hub.repositories["user/linked"].commits) == 2  # the empty repository's and the push's
+    files = empty_hub.files("user/linked")
+    assert files["transformer/diffusion_pytorch_model.safetensors"] == weights.read_bytes()
+    assert {"README.md", "model_index.json", "pipeline.py", "evaluation.json"} <= set(files)
 
 
 def test_a_pull_request_against_a_branch_is_refused(pushed, capsys):

@@ -164,14 +164,14 @@ def test_training_pushes_on_its_way_and_at_its_end_and_survives_a_hub_that_fails
     options = ("--push_to_hub", "--hub_license", "mit", "--hub_private_repo", "--hub_push_checkpoints")
     environment = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     with HubServer() as hub:
-        hub.fail_commit = True
+        hub.faults["commit"] = [500]
         command = arguments(tmp_path / "my-digits", *data, *options, "--validation_steps", 2)
         environment |= {"HF_ENDPOINT": hub.endpoint, "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [sys.executable, SCRIPT, *command], env=os.environ | environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert "The push to my-digits failed" in done.stderr and not hub.fail_commit
+        assert "The push to my-digits failed" in done.stderr and hub.faults["commit"] == []
         assert f"Pushed: {hub.endpoint}" in done.stdout
         repository = hub.repositories["user/my-digits"]
         assert repository.private and len(repository.commits) in (2, 3)  # empty, perhaps step 4, the end
