@@ -241,7 +241,7 @@ def main() -> None:
             "reference": f"training images: {SOURCES[args.data]}",
             "num_samples": args.num_samples,
             "num_inference_steps": 30,
-            "other arguments": "defaults, unless named",
+            "other arguments": "defaults, unless the metric names them",
             "versions": {"diffusers-dod": diffusers_dod.__version__, "torch": torch.__version__},
             "results": measure(pipe, data, referee, args.num_samples),
         }

@@ -112,7 +112,7 @@ def main_table(studies: list[Results]) -> str:
                 f"{results.mean(name, str(best), 'accuracy'):.3f}",
             ]
             rows.append(row)
-    head = ["data", "model", "unguided, Euler", "unguided", "best: setting", "evaluations", "FD", "FD, pixels"]
+    head = ["data", "model", "FD, unguided, Euler", "FD, unguided", "best: setting", "evaluations", "FD", "FD, pixels"]
     return table([*head, "accuracy"], rows)
 
 
@@ -163,7 +163,7 @@ def option_table(studies: list[Results]) -> str:
         "model",
         "FD, unguided",
         "FD, guidance 1.5",
-        "FD, unguided, codes of real images",
+        "FD, unguided, codes of training images",
         "FD, pixels, guidance 1.5",
     ]
     return table(head, rows)

@@ -92,7 +92,10 @@ def test_the_readme_quotes_the_models_figures():
 
     configs = [json.loads((EXAMPLES / f"pretrained/{name}/model_index.json").read_text()) for name in MODELS]
     scales = [f"{config['code_guidance_scale']:g}" for config in configs]
-    assert f"{scales[0]} (digits) or {scales[1]} (letters, emoji), makes clear samples" in readme and scales[1] == scales[2]
+    assert (
+        f"{scales[0]} (digits) or {scales[1]} (letters, emoji), makes clear samples" in readme
+        and scales[1] == scales[2]
+    )
     read, real = values("accuracy", 1), references("accuracy", 1)
     assert f"{read[0]} % of their digits, {read[1]} % of their letters and {read[2]} % of their emoji" in readme
     assert f"held-out real images: {real[0]}, {real[1]} and {real[2]} %" in readme
@@ -102,10 +105,13 @@ def test_the_readme_quotes_the_models_figures():
     assert f"instead of {', '.join(distances[0][:2])} and {distances[0][2]}" in readme
     assert f"the Fréchet distances {', '.join(distances[1][:2])} and {distances[1][2]}" in readme
     known, without = values("training_image", 0), references("training_image", 0)
-    assert f"For {known[0]} % of the digits, {known[1]} % of the letters and {known[2]} % of the emoji" in readme
+    assert (
+        f"is a training image for {known[0]} % of the digits, {known[1]} % of the letters and {known[2]} % of the emoji"
+        in readme
+    )
     assert f"the shares would be {without[0]}, {without[1]} and {without[2]} %" in readme
     known, without = values("training_code", 0), references("training_code", 0)
-    assert f"For the samples' codes, the shares are {known[0]}, {known[1]} and {known[2]} %" in readme
+    assert f"By nearest codes, the shares are {known[0]}, {known[1]} and {known[2]} %" in readme
     assert f"without copying, {without[0]}, {without[1]} and {without[2]} %" in readme
 
 

@@ -231,7 +231,7 @@ def build_pipeline(
                 f"the model is for latents of {sample_size}, but images are square here: give a --resolution"
             )
         args.resolution = sample_size * factor
-    for patch in (patch_size, embedder_config.get("patch_size", patch_size)):
+    for patch in (patch_size, embedder_config.get("patch_size") or patch_size):
         if args.resolution % (factor * patch):
             multiple = f"{factor * patch} (VAE {factor} x patch {patch})" if vae is not None else f"the patch, {patch}"
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
