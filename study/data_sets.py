@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 class DataSet(NamedTuple):
     """Images are `(number, channels, size, size)` in [-1, 1], labels `(number,)`.
 
-    Groups, `(number,)`, are what is held out as a whole: each image, or all images of one typeface family, one emoji or one role.
+    Groups, `(number,)`, are what is held out as a whole: each image, or all images of one typeface family, or of one emoji and those that look like it.
     """
 
     images: torch.Tensor
@@ -289,7 +289,7 @@ def emoji_kinds(source: Path | None) -> DataSet:
                 if file is None:
                     continue
                 picture = open_emoji(file)
-                if picture.tobytes() in seen:  # some flags look the same, and some roles of 2017
+                if picture.tobytes() in seen:  # some flags look the same, and some people of 2017
                     continue
                 seen.add(picture.tobytes())
                 for _ in range(VERSIONS[kind]):
