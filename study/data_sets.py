@@ -238,8 +238,9 @@ EMOJI_KINDS = {
 KEEP_COLOURS = ("face", "flag", "person")
 # Versions of each picture, which make the kinds about equally frequent
 VERSIONS = {"clock": 48, "face": 16, "flag": 16, "heart": 48, "person": 8}
-# Code points that tell men from women, and the emoji of a boy, a girl, an old man and an old woman with the neutral one of each
+# Code points in which the emoji of adults differ that many designs draw alike: signs of gender, man, woman, adult, blond person
 GENDERS = ("2640", "2642", "1f468", "1f469", "1f9d1", "1f471")
+# Boy and girl, old man and old woman, each with the emoji of no gender
 AGES = {"1f466": "1f9d2", "1f467": "1f9d2", "1f474": "1f9d3", "1f475": "1f9d3"}
 
 
@@ -266,7 +267,7 @@ def code_points(name: str) -> tuple[str, ...]:
 
 
 def without_gender(points: tuple[str, ...]) -> tuple[str, ...]:
-    """The code points that a man's, a woman's and a person's emoji share; many look alike, as do adults with and without blond hair."""
+    """The code points that a man's, a woman's and a person's emoji have in common."""
     return tuple(AGES.get(point, point) for point in points if point not in GENDERS)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_embedder, tiny_pipeline, tiny_transformer, tiny_vae
-from hub_server import TOKEN, HubServer
+from hub_server import HubServer
 from original_models import load_autoencoder, load_original, of_channels
 from safetensors.torch import save_file
 from training_runs import write_digits
@@ -90,8 +90,6 @@ CUT = [
     ("diffusers_dod convert fitv2", ["--num_attention_heads", "4"], "of the tiny checkpoint"),
     ("diffusers_dod convert dit", ["--num_attention_heads", "4"], "of the tiny checkpoint"),
 ]
-# Compiling takes a minute where nothing was compiled yet.
-ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def blocks(text: str) -> list[tuple[int, str, str]]:
@@ -166,11 +164,10 @@ def commands(tmp_path_factory):
     (folder / "cuts.json").write_text(json.dumps([(words.split(), more) for words, more, _ in CUT]))
     with HubServer() as hub:
         fill(hub, folder)
-        environment = os.environ | ENVIRONMENT | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
-        environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+        # Compiling takes a minute where nothing was compiled yet.
+        environment = hub.environment(folder / "home", TORCHDYNAMO_DISABLE="1")
         environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-        environment.pop("HF_HUB_OFFLINE", None)
         with open(folder / "log", "w") as log:
             command = [sys.executable, ROOT / "tests/documentation/server.py", folder]
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -1,7 +1,6 @@
 """Training on cached latents, with REPA, and with pushes to the Hub."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_vae
-from hub_server import TOKEN, HubServer
+from hub_server import HubServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
     SCRIPT,
@@ -162,14 +161,11 @@ def test_training_pushes_on_its_way_and_at_its_end_and_survives_a_hub_that_fails
     """At step 2 the commit is refused, at step 4 and at the end it is not; the last one holds the last weights."""
     data = ("--train_data_dir", digits, "--resolution", 14, "--checkpointing_steps", 2, "--max_train_steps", 4)
     options = ("--push_to_hub", "--hub_license", "mit", "--hub_private_repo", "--hub_push_checkpoints")
-    environment = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     with HubServer() as hub:
         hub.faults["commit"] = [500]
         command = arguments(tmp_path / "my-digits", *data, *options, "--validation_steps", 2)
-        environment |= {"HF_ENDPOINT": hub.endpoint, "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, SCRIPT, *command], env=os.environ | environment, capture_output=True, text=True
-        )
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run([sys.executable, SCRIPT, *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "The push to my-digits failed" in done.stderr and hub.faults["commit"] == []
         assert f"Pushed: {hub.endpoint}" in done.stdout
